@@ -398,7 +398,7 @@ class SeededEpisodes(gym.Wrapper):
 def make_env(env_id: str, index: int = 0, render_mode: str | None = None) -> gym.Env:
     """Flat float32 observations, actions in [-1, 1]; what cannot be trained on is refused."""
     # papers report the outdated v4, and float32 is what the networks want
-    warnings.filterwarnings("ignore", ".*(is out of date|precision lowered).*")
+    warnings.filterwarnings("ignore", ".*(is out of date|precision lowered|overflow encountered).*")
     mujoco = metadata.version("mujoco")
     if env_id.startswith("dm_control/"):
         if int(mujoco.split(".")[0]) >= 4:
