@@ -10,14 +10,12 @@ towards them. As the policy concentrates its flow straightens, and one Euler ste
     importance_weights  w = exp((Q(s', a*) - max Q) / (sigma lambda)), divided by its batch mean
     policy_loss         w || v(s', z_t, t) - (a* - e) ||^2  with  z_t = (1 - t) e + t a*
 
-Noise e ~ N(0, I) sits at t = 0, the action at t = 1; Q' and the acting policy are slow copies.
-The method comes first, the plumbing after it.
+e ~ N(0, I); Q' and the policy that acts are slow copies. First the method, then the plumbing.
 
     python fpmd_online.py --env-id Ant-v4
     python fpmd_online.py --evaluate runs/<run>/policy.pt --eval-episodes 10
 
 Paper: Flow Policy Mirror Descent, arXiv:2507.23675; authors' code: tianyyiii/flow_policy_iclr.
-What differs from it: docs/fpmd_online.md.
 """
 
 import copy
@@ -25,15 +23,12 @@ import difflib
 import json
 import math
 import os
-import platform
-import re
 import signal
 import subprocess
 import sys
 import time
+import timeit
 import warnings
-from collections import deque
-from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib import metadata
@@ -69,7 +64,6 @@ class Args:
     wandb_entity: str | None = None  # team on Weights & Biases
     resume: str | None = None  # checkpoint.pt or a run directory to go on with
     evaluate: str | None = None  # policy.pt to replay with one step per action, without training
-
     # --- algorithm: defaults are the published setting ---
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # rate of the slow copies (target critics, acting policy)
@@ -95,17 +89,15 @@ class Args:
     alpha_interval: int = 1_250  # environment steps between updates of alpha
     target_entropy_scale: float = 1.5  # alpha decays until the noise's entropy is -scale * act_dim
     hidden_dim: int = 256  # width of the three hidden layers of every network
-
     # --- speed: how it is computed ---
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, mps
     compile: bool = False  # compile the networks of the update; the first updates take a minute
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"  # of generation
+    precision: Literal["float32", "bfloat16"] = "float32"  # of generating candidates in updates
     torch_threads: int = 0  # CPU threads of torch, 0: at most 8; give 1 to side-by-side runs
     async_envs: bool = False  # one process per environment (pays off for slow simulators)
 
 
 # ---------------------------------------------------------------------------- networks
-
 TIME_DIM = 16  # width of the sinusoidal time embedding
 
 
@@ -120,13 +112,12 @@ class Mish(nn.Module):
 
 def mlp(*sizes: int) -> nn.Sequential:
     """Linear layers with Mish between; weights N(0, 1 / fan_in) cut at two std, as in haiku."""
-    layers = []
-    for fan_in, fan_out in pairwise(sizes):
-        layers += [nn.Linear(fan_in, fan_out), Mish()]
-        std = fan_in**-0.5
-        nn.init.trunc_normal_(layers[-2].weight, std=std, a=-2 * std, b=2 * std)
-        nn.init.zeros_(layers[-2].bias)
-    return nn.Sequential(*layers[:-1])
+    layers = [nn.Linear(fan_in, fan_out) for fan_in, fan_out in pairwise(sizes)]
+    for layer in layers:
+        std = layer.in_features**-0.5
+        nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*[module for layer in layers for module in (layer, Mish())][:-1])
 
 
 def time_embedding(t: Tensor) -> Tensor:
@@ -186,13 +177,10 @@ class Agent(nn.Module):
 
 
 # ---------------------------------------------------------------------------- acting
-
-
 def generate(policy: nn.Module, obs: Tensor, noise: Tensor, flow_steps: int) -> Tensor:
     """Euler's method for dz/dt = v(s, z, t) from noise at t = 0 to an action at t = 1.
 
-    obs (B, obs_dim), noise z_0 (..., B, act_dim) -> unclipped actions like noise. With
-    flow_steps = 1 this is the one-step policy: a = z_0 + v(s, z_0, 0).
+    obs (B, obs_dim), noise z_0 (..., B, act_dim) -> unclipped actions like noise.
     """
     z = noise
     for k in range(flow_steps):
@@ -215,32 +203,26 @@ def select_action(critic: TwinCritic, obs: Tensor, candidates: Tensor) -> tuple[
     obs (B, obs_dim), candidates (N, B, act_dim) -> actions in the box (B, act_dim), scores (N, B).
     """
     scores = critic(obs, candidates).amin(0)
-    return take(candidates, scores.argmax(0)).clamp(-1, 1), scores
+    best = scores.argmax(0)[None, :, None]  # (1, B, 1)
+    return candidates.take_along_dim(best, 0)[0].clamp(-1, 1), scores
 
 
 @torch.no_grad()
-def act(agent: Agent, obs: Tensor, args: Args, rng: Generator, explore: bool = True) -> Tensor:
-    """The acting rule, best of N from the slow policy: obs (B, obs_dim) -> (B, act_dim)."""
-    std = agent.log_alpha.exp() * args.noise_scale * explore
+def act(agent: Agent, obs: Tensor, args: Args, rng: Generator, mode: str) -> Tensor:
+    """Actions of the slow policy: obs (B, obs_dim) -> (B, act_dim).
+
+    explore: best of N with exploration noise, to collect data; best_of_n: the same without noise;
+    one_step: the policy as deployed, one candidate from one Euler step, no critic.
+    """
+    if mode == "one_step":
+        noise = torch.randn((len(obs), agent.policy.act_dim), generator=rng, device=obs.device)
+        return generate(agent.target_policy, obs, args.prior_std * noise, 1).clamp(-1, 1)
+    std = agent.log_alpha.exp() * args.noise_scale * (mode == "explore")
     candidates = propose(agent.target_policy, obs, std, args, rng)
     return select_action(agent.critic, obs, candidates)[0]
 
 
-@torch.no_grad()
-def one_step_action(policy: nn.Module, obs: Tensor, args: Args, rng: Generator) -> Tensor:
-    """The policy as deployed: one candidate, one Euler step, no critic: -> (B, act_dim)."""
-    noise = torch.randn((len(obs), policy.act_dim), generator=rng, device=obs.device)
-    return generate(policy, obs, args.prior_std * noise, flow_steps=1).clamp(-1, 1)
-
-
-def take(candidates: Tensor, index: Tensor) -> Tensor:
-    """Candidate number index (B,) of each state: (N, B, act_dim) -> (B, act_dim)."""
-    return candidates[index, torch.arange(len(index), device=index.device)]
-
-
 # ---------------------------------------------------------------------------- learning
-
-
 def importance_weights(q: Tensor, q_stats: Tensor, alpha: Tensor, args: Args) -> Tensor:
     """Mirror-descent weights w of the regression targets, from q = Q(s', a*): (B,) -> (B,).
 
@@ -258,8 +240,7 @@ def importance_weights(q: Tensor, q_stats: Tensor, alpha: Tensor, args: Args) ->
 
 def candidate_probabilities(scores: Tensor, q_stats: Tensor, args: Args) -> Tensor:
     """Weight-mode particles: pi_old exp(Q / lambda) on each state's N candidates, (N, B)."""
-    scale = q_stats[2] * (args.temperature or 0.5)
-    return ((scores - scores.mean(0)) / scale).softmax(0)
+    return (scores / (q_stats[2] * (args.temperature or 0.5))).softmax(0)  # any baseline cancels
 
 
 def critic_loss(
@@ -268,8 +249,7 @@ def critic_loss(
     """Clipped double-Q regression: the loss and Q (2, B); only termination stops bootstrapping."""
     with torch.no_grad():
         next_q = target_critic(batch["next_obs"], next_actions).amin(0)  # (B,)
-        bootstrap = args.gamma * (1 - batch["terminations"])
-        y = args.reward_scale * batch["rewards"] + bootstrap * next_q  # (B,)
+        y = args.reward_scale * batch["rewards"] + args.gamma * (1 - batch["terminations"]) * next_q
     q = critic(batch["obs"], batch["actions"])  # (2, B)
     return (q - y).square().mean(1).sum(), q.detach()
 
@@ -327,77 +307,66 @@ def update(agent: Agent, batch: dict, args: Args, rng: Generator) -> dict[str, T
     for _ in range(args.critic_steps):  # the authors step twice on one gradient
         agent.optimizers["critic"].step()
     metrics = {"losses/critic_loss": loss.detach(), "losses/q_values": q.mean()}
+    metrics["policy/candidate_spread"] = candidates.std(0, correction=0).mean()
 
     if agent.updates % args.policy_delay == 0:
         actions, w = next_actions, importance_weights(best_q, agent.q_stats, alpha, args)
         ess = w.mean().square() / w.square().mean()  # effective sample size / B
         if args.weight_mode == "particles":
             p = candidate_probabilities(scores, agent.q_stats, args)  # (N, B)
-            index = torch.multinomial(p.T, 1, generator=rng).squeeze(1)  # (B,)
-            actions = take(candidates, index).clamp(-1, 1)
+            drawn = torch.multinomial(p.T, 1, generator=rng)  # (B, 1)
+            actions = candidates.take_along_dim(drawn.T[:, :, None], 0)[0].clamp(-1, 1)
             ess = (1 / (len(p) * p.square().sum(0))).mean()  # effective candidates / N
         metrics["losses/policy_loss"] = update_policy(agent, next_obs, actions, w, args, rng)
         clipped = (best_q - agent.q_stats[0] / agent.q_stats[1]).abs() >= 3  # as clip_alpha would
         metrics |= {"policy/ess": ess, "policy/clipped_fraction": clipped.float().mean()}
 
     q_now = torch.stack([best_q.mean(), best_q.std(correction=0), spread.mean()])
-    agent.q_stats.lerp_(q_now, args.q_stats_rate)  # after its use: weights see the past only
-    agent.q_stats[1:].clamp_(min=1e-6)  # a constant Q must not end in 0 / 0
+    # after their use, since weights see the past only; a constant Q must not end in 0 / 0
+    agent.q_stats.lerp_(q_now, args.q_stats_rate)[1:].clamp_(min=1e-6)
     agent.updates += 1
-    candidate_spread = candidates.std(0, correction=0).mean()
-    return metrics | {"policy/alpha": alpha, "policy/candidate_spread": candidate_spread}
+    return metrics | {"policy/alpha": alpha}
 
 
-# ---------------------------------------------------------------------------- plumbing
-# What serves every algorithm alike has the same text in every script of this project.
-
-
+# -------------------------------------------------- plumbing, the same text in every script
 def fail(message: str) -> NoReturn:
     """Refuse bad input: one line on stderr, exit status 2."""
-    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
 class SeededEpisodes(gym.Wrapper):
-    """Give every episode its own seed, so that a checkpoint can rebuild an unfinished one.
-
-    A simulator's state cannot be saved exactly. The seed of its reset and the actions since then
-    can, and playing them back is exact to the bit.
-    """
+    """Seed every episode anew: its seed and actions rebuild it exactly, as no saved state can."""
 
     def __init__(self, env: gym.Env, index: int):
         super().__init__(env)
-        self.index, self.rng, self.episode_seed, self.actions = index, None, 0, []
+        self.index, self.episode = index, {"seed": 0, "count": 0, "actions": []}
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        if seed is not None or self.rng is None:
-            self.rng = np.random.default_rng(seed)
-        self.episode_seed, self.actions = int(self.rng.integers(2**31)), []
-        return self.env.reset(seed=self.episode_seed, options=options)
+        if seed is not None:
+            self.episode |= {"seed": seed, "count": 0}
+        self.episode |= {"count": self.episode["count"] + 1, "actions": []}
+        key = self.episode["seed"], self.index, self.episode["count"]
+        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+        return self.env.reset(seed=seed, options=options)
 
-    def step(self, action):
-        self.actions.append(np.array(action))
+    def step(self, action: np.ndarray):
+        self.episode["actions"].append(action.copy())
         return self.env.step(action)
 
-    def episode_state(self) -> dict:
-        actions = torch.as_tensor(np.array(self.actions, np.float32))
-        rng = json.dumps(self.rng.bit_generator.state)
-        return {"seed": self.episode_seed, "actions": actions, "rng": rng}
-
-    def restore_episode(self, states: list[dict]) -> np.ndarray:
-        """Play back this env's entry of states (one per env); returns the current observation."""
-        state, self.rng = states[self.index], np.random.default_rng()
-        self.rng.bit_generator.state = json.loads(state["rng"])
-        self.episode_seed, self.actions = state["seed"], list(state["actions"].numpy())
-        obs, _ = self.env.reset(seed=self.episode_seed)
-        for action in self.actions:
-            obs = self.env.step(action)[0]
+    def restore(self, episodes: list[dict]) -> np.ndarray:
+        """Play back this env's entry of episodes (one per env) and return the last observation."""
+        saved = episodes[self.index]
+        self.episode = saved | {"count": saved["count"] - 1}
+        obs, _ = self.reset()
+        for action in saved["actions"].numpy():
+            obs = self.step(action)[0]
         return obs
 
 
-def make_env(env_id: str, index: int = 0, render_mode: str | None = None) -> gym.Env:
+def make_env(env_id: str, index: int = 0, film: bool = False) -> gym.Env:
     """Flat float32 observations, actions in [-1, 1]; what cannot be trained on is refused."""
-    # papers report the outdated v4, and float32 is what the networks want
+    # papers report the outdated v4; float32 is what the networks want, infinite bounds included
     warnings.filterwarnings("ignore", ".*(is out of date|precision lowered|overflow encountered).*")
     mujoco = metadata.version("mujoco")
     if env_id.startswith("dm_control/"):
@@ -407,51 +376,34 @@ def make_env(env_id: str, index: int = 0, render_mode: str | None = None) -> gym
             os.environ.setdefault("MUJOCO_GL", "disable")  # else it warns that there is no screen
         import shimmy  # noqa: F401  registers the ids, in every worker process too
     try:
-        env = gym.make(env_id, render_mode=render_mode)
-    except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
-        near = ", ".join(difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4))
-        reason = " ".join(str(error).split())
-        fail(f"unknown environment {env_id!r}; nearest registered: {near or 'none'} ({reason})")
+        env = gym.make(env_id, render_mode="rgb_array" if film else None)
     except (gym.error.Error, ImportError) as error:
-        reason = " ".join(str(error).split())
-        fail(f"{env_id} cannot be made, mujoco here is {mujoco}: {reason}")
-    space, actions = env.observation_space, env.action_space
+        near = ", ".join(difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4))
+        fail(f"cannot make {env_id!r} (mujoco {mujoco}): {error} Registered ids near it: {near}")
+    space, actions, Box = env.observation_space, env.action_space, gym.spaces.Box
     leaves = space.values() if isinstance(space, gym.spaces.Dict) else [space]
-    if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1:
-        fail(f"{env_id} has actions {actions}; only a vector of continuous actions (Box) will do")
-    if not (actions.is_bounded() and (actions.low < actions.high).all()):
-        fail(f"{env_id} has unbounded actions {actions}; every action needs a low and a high")
-    if not all(isinstance(leaf, gym.spaces.Box) for leaf in leaves):
-        fail(f"{env_id} has observations {space}; only a Box or a Dict of Boxes will do")
-    if any(len(leaf.shape) > 2 or leaf.dtype == np.uint8 for leaf in leaves):
-        fail(f"{env_id} has image observations {space}; only state vectors will do")
+    if not (isinstance(actions, Box) and actions.is_bounded() and actions.shape[1:] == ()):
+        fail(f"{env_id} has actions {actions}; only bounded vectors of numbers (Box) will do")
+    if not all(isinstance(leaf, Box) and leaf.dtype.kind == "f" for leaf in leaves):
+        fail(f"{env_id} has observations {space}; only vectors of numbers will do, images will not")
     env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     return SeededEpisodes(gym.wrappers.RecordEpisodeStatistics(env), index)
 
 
-def make_envs(env_id: str, count: int, in_processes: bool = False, film: bool = False):
+def make_envs(env_id: str, n: int, in_processes: bool = False, film: bool = False):
     """Vector env whose done step already returns the next episode's first observation."""
-    modes = ["rgb_array" if film else None] + [None] * (count - 1)  # only the first env is filmed
-    makers = [partial(make_env, env_id, i, mode) for i, mode in enumerate(modes)]
+    makers = [partial(make_env, env_id, i, film and i == 0) for i in range(n)]
     vector = gym.vector.AsyncVectorEnv if in_processes else gym.vector.SyncVectorEnv
     return vector(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
-def episode_seeds(seed: int, stream: int, count: int) -> list[int]:
-    """Independent seeds for the envs of a run's stream: 0 training, 1 evaluation."""
-    return [int(s) for s in np.random.SeedSequence((seed, stream)).generate_state(count)]
-
-
 def choose_opengl() -> None:
-    """Find a renderer that works without a screen; mujoco reads MUJOCO_GL once, at its import."""
-    if sys.platform != "linux" or "DISPLAY" in os.environ:
-        return
+    """Find a renderer that needs no screen, before mujoco's import reads MUJOCO_GL for good."""
     probe = [sys.executable, "-c", "import mujoco; mujoco.GLContext(8, 8).make_current()"]
-    for backend in [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa"]:
-        env = os.environ | {"MUJOCO_GL": backend}
-        if subprocess.run(probe, env=env, capture_output=True).returncode == 0:
-            os.environ["MUJOCO_GL"] = backend
+    for backend in "egl", "osmesa":
+        os.environ["MUJOCO_GL"] = backend
+        if subprocess.run(probe, capture_output=True).returncode == 0:
             return
     fail("--capture-video finds no OpenGL: apt-get install libegl1 libegl-mesa0 (or libosmesa6)")
 
@@ -460,9 +412,9 @@ class ReplayBuffer:
     """Ring buffer of transitions, on the device that learns from it."""
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
-        shapes = {"obs": (obs_dim,), "actions": (act_dim,), "rewards": ()}
-        shapes |= {"next_obs": (obs_dim,), "terminations": ()}
-        self.data = {k: torch.empty((capacity, *s), device=device) for k, s in shapes.items()}
+        dims = {"obs": (obs_dim,), "actions": (act_dim,), "rewards": (), "next_obs": (obs_dim,)}
+        dims["terminations"] = ()
+        self.data = {k: torch.empty((capacity, *dim), device=device) for k, dim in dims.items()}
         self.capacity, self.device, self.position, self.size = capacity, device, 0, 0
 
     def add(self, *transitions: np.ndarray) -> None:
@@ -471,8 +423,8 @@ class ReplayBuffer:
         index = (self.position + torch.arange(n, device=self.device)) % self.capacity
         for stored, new in zip(self.data.values(), transitions, strict=True):
             stored[index] = torch.as_tensor(new, dtype=torch.float32, device=self.device)
-        self.position, self.size = (self.position + n) % self.capacity, self.size + n
-        self.size = min(self.size, self.capacity)
+        self.position = (self.position + n) % self.capacity
+        self.size = min(self.size + n, self.capacity)
 
     def sample(self, batch_size: int, rng: Generator) -> dict[str, Tensor]:
         """Uniformly, with replacement: tensors (batch_size, ...)."""
@@ -480,141 +432,110 @@ class ReplayBuffer:
         return {key: value[index] for key, value in self.data.items()}
 
 
-def evaluate(envs, policy, seed: int, device: torch.device, film: Path | None = None):
-    """One episode in every env, side by side: returns (num_envs,) and successes (NaN: unknown).
-
-    The envs are reseeded, so all evaluations of a run start from the same states. policy maps
-    observations (num_envs, obs_dim) to actions. The first env's episode is filmed if asked for.
-    """
-    obs, _ = envs.reset(seed=episode_seeds(seed, 1, envs.num_envs))
+def evaluate(agent: Agent, envs, args: Args, mode: str, film: Path) -> dict:
+    """One episode per env, side by side: a row for evaluations.csv; films one_step's first env."""
+    rng = Generator(agent.log_alpha.device).manual_seed(args.seed)  # all evaluations start alike
+    obs, _ = envs.reset(seed=[2 * args.seed + 1] * envs.num_envs)  # training has the even seeds
     running, frames = np.full(envs.num_envs, True), []
     returns, successes = np.zeros(envs.num_envs), np.full(envs.num_envs, np.nan)
     while running.any():
-        if film and running[0]:
+        if args.capture_video and mode == "one_step" and running[0]:
             frames.append(envs.envs[0].render())
-        actions = policy(torch.as_tensor(obs, device=device)).cpu().numpy()
-        obs, _, terminations, truncations, infos = envs.step(actions)
+        actions = act(agent, torch.as_tensor(obs, device=rng.device), args, rng, mode)
+        obs, _, terminations, truncations, infos = envs.step(actions.cpu().numpy())
         for i in np.flatnonzero((terminations | truncations) & running):
-            final = infos["final_info"]
-            returns[i], running[i] = final["episode"]["r"][i], False
+            final, running[i] = infos["final_info"], False
+            returns[i] = final["episode"]["r"][i]
             successes[i] = final.get("success", final.get("is_success", successes))[i]
-    if film:
+    if frames:
         from gymnasium.utils.save_video import save_video  # slow to import
 
         dt = getattr(envs.envs[0].unwrapped, "dt", 1 / 30)  # MuJoCo's and dm_control's own clock
         save_video(frames, film.parent, lambda _: True, name_prefix=film.name, fps=1 / dt)
-    return returns, successes
+    nfe, n = (1, 1) if mode == "one_step" else (args.flow_steps, args.num_candidates)
+    row = {"mode": mode, "nfe": nfe, "num_candidates": n, "return_mean": float(returns.mean())}
+    row |= {"return_std": float(returns.std()), "success_rate": float(successes.mean())}
+    return row | {"returns": " ".join(f"{value:.4f}" for value in returns)}
 
 
 class RunLogger:
-    """CSV rows and TensorBoard events in the run directory; wandb, if asked for, mirrors them."""
+    """The run directory: its CSV files and TensorBoard events, which wandb mirrors if asked to."""
 
-    def __init__(self, run_dir: Path, args: Args, global_step: int):
-        self.run_dir, self.wandb = run_dir, None
-        for path in run_dir.glob("*.csv"):  # what a resumed run does again must not stand twice
+    def __init__(self, args: Args, device: torch.device, run_dir: Path | None, global_step: int):
+        self.run_dir = run_dir or self.create(args, device)
+        for path in self.run_dir.glob("*.csv"):  # what a resumed run repeats must not stand twice
             head, *rows = path.read_text().splitlines(keepends=True)
             rows = [r for r in rows if r[-1] == "\n" and int(r.split(",")[0]) <= global_step]
             path.write_text("".join([head, *rows]))
         if args.track:
             import wandb
 
-            names = {"name": run_dir.name, "id": run_dir.name, "resume": "allow"}
-            names |= {"project": args.wandb_project_name, "entity": args.wandb_entity}
-            wandb.init(**names, config=asdict(args), dir=run_dir, sync_tensorboard=True)
-            self.wandb = wandb
-        self.writer = SummaryWriter(run_dir, purge_step=global_step + 1)
+            where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+            where |= {"id": self.run_dir.name, "dir": self.run_dir, "resume": "allow"}
+            wandb.init(**where, config=asdict(args), sync_tensorboard=True)
+            wandb.save(f"{self.run_dir}/videos/*.mp4", base_path=self.run_dir)
+        self.writer = SummaryWriter(self.run_dir, purge_step=global_step + 1)
 
-    def row(self, name: str, values: dict) -> None:
-        """Append to <name>.csv; the keys of the first row are the columns."""
+    def create(self, args: Args, device: torch.device) -> Path:
+        """Make runs/<env>__<exp>__<seed>__<time>; mkdir fails rather than share one."""
+        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
+        run_dir = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
+        run_dir.mkdir(parents=True)
+        packages = "torch", "gymnasium", "mujoco", "dm-control", "numpy"
+        versions = {"python": sys.version.split()[0]} | {p: metadata.version(p) for p in packages}
+        git, here = "git describe --always --dirty --abbrev=40", Path(__file__).parent
+        run = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True)
+        cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        cpu = [line.split(": ")[1] for line in cpu.splitlines() if line.startswith("model name")]
+        gpu = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
+        versions |= {"commit": run.stdout.strip(), "device": (gpu + cpu + [sys.platform])[0]}
+        versions["threads"] = torch.get_num_threads()
+        for name, content in ("args", asdict(args)), ("versions", versions):
+            (run_dir / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        return run_dir
+
+    def row(self, name: str, values: dict, plotted: dict) -> None:
+        """Append to <name>.csv, with the first row's keys as columns; TensorBoard gets plotted."""
         with (self.run_dir / f"{name}.csv").open("a") as file:
             if file.tell() == 0:
                 file.write(",".join(values) + "\n")
-            file.write(",".join(str(value) for value in values.values()) + "\n")
-
-    def scalars(self, values: dict[str, float], global_step: int) -> None:
-        for key, value in values.items():
-            self.writer.add_scalar(key, value, global_step)
-
-    def close(self) -> None:
-        self.writer.close()
-        if self.wandb:
-            films = sorted(self.run_dir.glob("videos/*.mp4"))
-            self.wandb.log({f"videos/{f.stem}": self.wandb.Video(str(f)) for f in films})
-            self.wandb.finish()
+            cells = ["" if value != value else str(value) for value in values.values()]  # no NaN
+            file.write(",".join(cells) + "\n")
+        for key, value in plotted.items():
+            self.writer.add_scalar(key, value, values["global_step"])
 
 
-def new_run_dir(args: Args, device: torch.device) -> Path:
-    """Create runs/<env>__<exp>__<seed>__<time>; mkdir fails rather than share one."""
-    env, now = args.env_id.replace("/", "-").replace(":", "-"), time.time()
-    stamp = f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{now % 1 * 1e6:06.0f}"
-    run_dir = Path(args.runs_dir, f"{env}__{args.exp_name}__{args.seed}__{stamp}")
-    run_dir.mkdir(parents=True)
-    names = "torch", "gymnasium", "mujoco", "dm-control", "numpy"
-    versions = {"python": platform.python_version()} | {n: metadata.version(n) for n in names}
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-    ]
-    with suppress(OSError):  # no git here
-        versions["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    versions |= {"device": device_name(device), "threads": torch.get_num_threads()}
-    for name, content in ("args", asdict(args)), ("versions", versions):
-        (run_dir / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-    return run_dir
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")  # Linux; platform knows the name elsewhere
-    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor()
-
-
-def save(path: Path, content: dict) -> None:
-    """Write a temporary file, then replace: a crash leaves the old file or the new one whole."""
-    torch.save(content, path.with_name(path.name + ".tmp"))
-    os.replace(path.with_name(path.name + ".tmp"), path)
+def save_run(run_dir, args, agent, buffer, envs, rng, progress: dict) -> None:
+    """policy.pt to use the policy, checkpoint.pt to go on training exactly where it stopped."""
+    state = progress | {"args": asdict(replace(args, resume=None))}
+    policy = {"policy": agent.target_policy.state_dict(), "critics": agent.critic.state_dict()}
+    policy |= {key: state[key] for key in ("args", "global_step")}
+    state |= {"agent": agent.state_dict(), "counters": [agent.updates, agent.alpha_updates]}
+    state["optimizers"] = {key: opt.state_dict() for key, opt in agent.optimizers.items()}
+    state["buffer"] = {key: value[: buffer.size].clone() for key, value in buffer.data.items()}
+    state |= {"position": buffer.position, "rng": rng.get_state(), "device": rng.device.type}
+    episodes = envs.get_attr("episode")
+    state["episodes"] = [e | {"actions": torch.tensor(np.array(e["actions"]))} for e in episodes]
+    for name, content in ("policy.pt", policy), ("checkpoint.pt", state):
+        torch.save(content, run_dir / f"{name}.tmp")
+        os.replace(run_dir / f"{name}.tmp", run_dir / name)  # a crash leaves the old or the new one
 
 
 def load(path: str, name: str) -> tuple[Path, dict]:
-    """Read what save() wrote, given the file or its run directory; refuse anything else."""
+    """Read what save_run wrote, given the file or its run directory; refuse anything else."""
     file = Path(path) / name if Path(path).is_dir() else Path(path)
-    if not file.exists():
-        fail(f"{file} does not exist")
+    keys = {"args", "global_step", "episodes" if name == "checkpoint.pt" else "policy"}
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises many kinds, all with the same meaning here
-        fail(f"{file} cannot be read: it is truncated or no {name}")
-    key = "episodes" if name == "checkpoint.pt" else "policy"
-    if not isinstance(content, dict) or not {key, "args", "global_step"} <= set(content):
-        fail(f"{file} is no {name} of this project")
-    if set(content["args"]) != {field.name for field in fields(Args)}:
-        fail(f"{file} was not written by this version of {Path(__file__).name}")
+        if not (keys <= set(content) and set(content["args"]) == {f.name for f in fields(Args)}):
+            raise ValueError
+    except Exception:  # torch raises many kinds for a damaged file
+        fail(f"{file} is missing, damaged or no {name} of this version of {Path(__file__).name}")
     return file, content
 
 
-def save_run(run_dir, args, agent, buffer, envs, rng, warmup_rng, progress: dict) -> None:
-    """policy.pt to use the policy, checkpoint.pt to go on training exactly where it stopped."""
-    content = progress | {"args": asdict(replace(args, resume=None))}
-    policy = {"policy": agent.target_policy.state_dict(), "critics": agent.critic.state_dict()}
-    save(run_dir / "policy.pt", policy | {k: content[k] for k in ("args", "global_step")})
-    content |= {"agent": agent.state_dict(), "counters": [agent.updates, agent.alpha_updates]}
-    content["optimizers"] = {key: opt.state_dict() for key, opt in agent.optimizers.items()}
-    filled = {key: value[: buffer.size].clone() for key, value in buffer.data.items()}
-    content |= {"buffer": filled, "position": buffer.position}
-    content |= {"rng": rng.get_state(), "device": rng.device.type}
-    content["warmup_rng"] = json.dumps(warmup_rng.bit_generator.state)
-    content["episodes"] = list(envs.call("episode_state"))
-    save(run_dir / "checkpoint.pt", content)
-
-
-def restore_run(saved: dict, agent, buffer, envs, rng, warmup_rng) -> np.ndarray:
+def restore_run(saved: dict, agent, buffer, envs, rng) -> np.ndarray:
     """Undo save_run; returns the observations the envs were at."""
     agent.load_state_dict(saved["agent"])
     agent.updates, agent.alpha_updates = saved["counters"]
@@ -624,239 +545,153 @@ def restore_run(saved: dict, agent, buffer, envs, rng, warmup_rng) -> np.ndarray
     for key, value in saved["buffer"].items():
         buffer.data[key][: buffer.size] = value
     rng.set_state(saved["rng"])
-    warmup_rng.bit_generator.state = json.loads(saved["warmup_rng"])
-    return np.stack(envs.call("restore_episode", saved["episodes"]))
-
-
-def check_finite(values: dict, global_step: int) -> None:
-    """Stop a diverged run before it overwrites its last good checkpoint."""
-    for key, value in values.items():
-        if not torch.as_tensor(value).isfinite().all():
-            raise SystemExit(f"diverged: {key} is NaN or infinite at step {global_step}")
+    return np.stack(envs.call("restore", saved["episodes"]))
 
 
 def check_args(args: Args) -> torch.device:
     """Refuse values that cannot work; returns the device to run on."""
+    numbers = {k: v for k, v in asdict(args).items() if type(v) in (int, float)}
+    numbers |= {"policy_lr": min(args.policy_lr), "policy_lr_decay": max(args.policy_lr_decay)}
     may_be_zero = "seed", "eval_every", "checkpoint_every", "torch_threads", "noise_scale"
-    for key, value in asdict(args).items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            least = "0 or more" if key in may_be_zero else "above 0"
-            if not (math.isfinite(value) and (value > 0 or (value == 0 and least == "0 or more"))):
-                fail(f"--{key.replace('_', '-')} {value} must be {least}")
-            if key in ("gamma", "tau", "q_stats_rate") and value > 1:
-                fail(f"--{key.replace('_', '-')} {value} must be at most 1")
-    updates = args.utd * (args.total_timesteps - args.learning_starts)
-    first, last = args.policy_lr_decay
-    for wrong, message in (
-        (args.batch_size > args.learning_starts, "--batch-size exceeds --learning-starts"),
-        (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
-        (args.num_envs > args.buffer_size, "--num-envs exceeds --buffer-size"),
-        (
-            args.learning_starts > args.total_timesteps,
-            "--learning-starts exceeds --total-timesteps",
-        ),
-        (updates < 1, "no update: raise --utd or --total-timesteps"),
-        (not min(args.policy_lr) >= 0, "--policy-lr must be 0 or more"),
-        (not 0 <= first <= last, "--policy-lr-decay needs two rising update counts"),
-    ):
-        if wrong:
-            fail(message)
+    limits = {"gamma": 1, "tau": 1, "q_stats_rate": 1, "num_envs": args.buffer_size}
+    limits |= {"batch_size": args.learning_starts, "learning_starts": args.total_timesteps}
+    for key, value in numbers.items():
+        low, limit = "0 or more" if key in may_be_zero else "above 0", limits.get(key, math.inf)
+        if not (0 < value < math.inf or (value == 0 and key in may_be_zero)) or value > limit:
+            fail(f"--{key.replace('_', '-')} {value} must be {low} and at most {limit}")
+    if args.utd * (args.total_timesteps - args.learning_starts) < 1:
+        fail(f"--utd {args.utd} gives no update; raise it or --total-timesteps")
     try:
-        best = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(best if args.device == "auto" else args.device)
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(auto if args.device == "auto" else args.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         fail(f"--device {args.device} is not to be had here; --device auto takes what there is")
-    if args.precision == "tf32" and device.type != "cuda":
-        fail("--precision tf32 needs CUDA; float32 and bfloat16 work everywhere")
     return device
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """The command line; --resume and --evaluate take their defaults from the stored arguments."""
     args = tyro.cli(Args, args=argv)
-    if args.resume or args.evaluate:
-        name = "checkpoint.pt" if args.resume else "policy.pt"
-        stored = load(args.resume or args.evaluate, name)[1]["args"]
-        args = tyro.cli(Args, args=argv, default=Args(**stored))
+    if path := args.resume or args.evaluate:
+        _, saved = load(path, "checkpoint.pt" if args.resume else "policy.pt")
+        args = tyro.cli(Args, args=argv, default=Args(**saved["args"]))
     return args
 
 
 # ---------------------------------------------------------------------------- main
-
-EPISODE = "charts/episodic_return", "charts/episodic_length"
-MAY_CHANGE = {"resume", "total_timesteps", "log_every", "capture_video", "torch_threads"}
-MAY_CHANGE |= {"track", "wandb_project_name", "wandb_entity"}  # on --resume
-
-
-def replay(args: Args, device: torch.device) -> None:
-    """--evaluate: run a saved policy with one network evaluation per action."""
+def replay(args: Args, agent: Agent, envs) -> None:
+    """--evaluate: the saved policy with one network evaluation per action."""
     file, saved = load(args.evaluate, "policy.pt")
-    envs = make_envs(args.env_id, args.eval_episodes, film=args.capture_video)
-    obs_dim, act_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    policy = VelocityField(obs_dim, act_dim, args.hidden_dim).to(device)
-    try:
-        policy.load_state_dict(saved["policy"])
-    except RuntimeError:
-        fail(f"{file} was trained on {saved['args']['env_id']} and does not fit {args.env_id}")
-    rng = Generator(device).manual_seed(args.seed)
-    one_step = partial(one_step_action, policy, args=args, rng=rng)
-    film = file.parent / "videos" / "evaluate" if args.capture_video else None
-    returns, successes = evaluate(envs, one_step, args.seed, device, film)
-    for episode, value in enumerate(returns):
-        print(f"episode {episode}: return {value:.2f}")
-    print(
-        f"return {returns.mean():.2f} +- {returns.std():.2f}, success rate {successes.mean():.2f}"
-    )
-    milliseconds, obs = [], torch.zeros((1, obs_dim), device=device)
-    for _ in range(300):
-        start = time.perf_counter()
-        one_step(obs).cpu()
-        milliseconds.append(1000 * (time.perf_counter() - start))
-    print(
-        f"{np.median(milliseconds):.3f} ms per action, one state at a time, {device_name(device)}"
-    )
-    envs.close()
-
-
-def evaluate_both(agent: Agent, envs, args: Args, film: Path | None) -> list[dict]:
-    """Rows for evaluations.csv: one_step is the papers' claim, best_of_n the acting rule."""
-    rows, device = [], agent.log_alpha.device
-    for mode in "one_step", "best_of_n":
-        rng = Generator(device).manual_seed(args.seed)
-        policy = partial(act, agent, args=args, rng=rng, explore=False)
-        nfe, num_candidates = args.flow_steps, args.num_candidates
-        if mode == "one_step":
-            policy = partial(one_step_action, agent.target_policy, args=args, rng=rng)
-            nfe = num_candidates = 1
-        returns, successes = evaluate(envs, policy, args.seed, device, film)
-        film = None  # the one-step episode is the one to see
-        row = {"mode": mode, "nfe": nfe, "num_candidates": num_candidates}
-        row |= {"return_mean": float(returns.mean()), "return_std": float(returns.std())}
-        row["success_rate"] = "" if np.isnan(successes).any() else float(successes.mean())
-        rows.append(row | {"returns": " ".join(f"{value:.4f}" for value in returns)})
-    return rows
+    if args.env_id != saved["args"]["env_id"]:
+        fail(f"{file} was trained on {saved['args']['env_id']}, not on {args.env_id}")
+    agent.target_policy.load_state_dict(saved["policy"])
+    result = evaluate(agent, envs, args, "one_step", file.parent / "videos" / "evaluate")
+    for episode, value in enumerate(result["returns"].split()):
+        print(f"episode {episode}: return {value}")
+    obs = torch.zeros(1, *envs.single_observation_space.shape, device=agent.log_alpha.device)
+    rng = Generator(obs.device)
+    ms = min(timeit.repeat(lambda: act(agent, obs, args, rng, "one_step").cpu(), number=100)) * 10
+    print("return {return_mean:.2f} +- {return_std:.2f}".format(**result), f"{ms:.3f} ms/action")
 
 
 def main(args: Args) -> Path | None:
     """Train and return the run directory; the loop is act, step, store, learn, log."""
-    saved = None
+    file, saved, device = None, None, check_args(args)
+    torch.set_num_threads(args.torch_threads or min(8, torch.get_num_threads()))
     if args.resume:
         file, saved = load(args.resume, "checkpoint.pt")
-        for key in {k for k, v in asdict(args).items() if v != saved["args"][k]} - MAY_CHANGE:
-            fail(f"--{key.replace('_', '-')} differs from the run that --resume goes on with")
-        if saved["global_step"] + args.num_envs > args.total_timesteps:
-            fail(f"{file} is at step {saved['global_step']}: raise --total-timesteps to go on")
-    device = check_args(args)
-    if saved and saved["device"] != device.type:
-        fail(f"{file} was written on {saved['device']} and can only go on there")
-    if args.capture_video:
+        may_change = "resume", "total_timesteps", "log_every", "capture_video", "torch_threads"
+        may_change += "track", "wandb_project_name", "wandb_entity"
+        for key, value in saved["args"].items():
+            if value != getattr(args, key) and key not in may_change:
+                fail(f"--{key.replace('_', '-')} cannot change on --resume; it was {value}")
+        if saved["device"] != device.type:
+            fail(f"{file} was written on {saved['device']} and can only go on there")
+    no_screen = sys.platform == "linux" and not {"DISPLAY", "MUJOCO_GL"} & set(os.environ)
+    if args.capture_video and no_screen:
         choose_opengl()
-    torch.set_num_threads(args.torch_threads or min(8, torch.get_num_threads()))
-    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
-    if args.evaluate:
-        return replay(args, device)
-
     envs = make_envs(args.env_id, args.num_envs, args.async_envs)  # first, because it may fork
     eval_envs = make_envs(args.env_id, args.eval_episodes, film=args.capture_video)
     obs_dim, act_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     torch.manual_seed(args.seed)  # the networks' initial weights
     agent = Agent(obs_dim, act_dim, args, device)
+    if args.evaluate:
+        return replay(args, agent, eval_envs)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
-    rng = Generator(device).manual_seed(args.seed)  # all noise and replay sampling
-    warmup_rng = np.random.default_rng(args.seed)
+    rng = Generator(device).manual_seed(args.seed)  # random actions, noise, replay sampling
+    charts = "charts/episodic_return", "charts/episodic_length", "charts/SPS"
     if saved:
-        run_dir, global_step, wall_time = file.parent, saved["global_step"], saved["wall_time"]
-        metrics, recent = saved["metrics"], deque(saved["recent"], maxlen=20)
-        obs = restore_run(saved, agent, buffer, envs, rng, warmup_rng)
+        global_step, start, metrics = saved["global_step"], saved["wall_time"], saved["metrics"]
+        obs = restore_run(saved, agent, buffer, envs, rng)
     else:
-        run_dir, global_step, wall_time = new_run_dir(args, device), 0, 0.0
-        metrics, recent = {}, deque(maxlen=20)  # recent training episodes: (return, length)
-        obs, _ = envs.reset(seed=episode_seeds(args.seed, 0, args.num_envs))
-    logger = RunLogger(run_dir, args, global_step)
-    updates = int(args.utd * (args.total_timesteps - args.learning_starts) + 1e-9)
-    rows = args.batch_size * args.num_candidates
-    print(f"{args.env_id}: {obs_dim} observations, {act_dim} actions, writing to {run_dir}")
-    print(
-        f"{updates:,} updates on {device_name(device)}, {torch.get_num_threads()} CPU threads; "
-        f"each evaluates the policy on {rows * args.flow_steps:,} rows and the critics on "
-        f"{2 * rows:,}: --num-candidates, --flow-steps and --utd scale it",
-        flush=True,
-    )
-    if args.compile:
-        for network in agent.policy, agent.critic, agent.target_critic:
-            network.compile(dynamic=False)
+        global_step, start, metrics = 0, 0.0, dict.fromkeys(charts, math.nan)
+        obs, _ = envs.reset(seed=[2 * args.seed] * args.num_envs)
+    logger = RunLogger(args, device, file and file.parent, global_step)
+    run_dir, rows = logger.run_dir, args.batch_size * args.num_candidates
+    print(f"{args.env_id}: {obs_dim} observations, {act_dim} actions; writing to {run_dir}")
+    print(f"one update evaluates {rows * args.flow_steps:,} policy rows, {2 * rows:,} critic rows")
+    for network in (agent.policy, agent.critic, agent.target_critic) if args.compile else ():
+        network.compile(dynamic=False)
 
-    stop, start_time = [], time.perf_counter() - wall_time
-
-    def request_stop(signum, _frame):  # the second one interrupts at once
-        stop.append(signum)
-        signal.signal(signum, signal.default_int_handler)
-
-    def due(every: int) -> bool:
-        return every > 0 and global_step % every < args.num_envs
-
+    for signum in signal.SIGINT, signal.SIGTERM:  # one finishes the step and saves, two kill
+        signal.signal(signum, lambda s, _: sys.exit(128 + s) if stop else stop.append(s))
+    stop, start = [], time.perf_counter() - start
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=None)
-    with ExitStack() as cleanup:
-        for resource in envs, eval_envs, logger, bar:
-            cleanup.callback(resource.close)
-        for signum in signal.SIGINT, signal.SIGTERM:
-            cleanup.callback(signal.signal, signum, signal.signal(signum, request_stop))
-        while global_step + args.num_envs <= args.total_timesteps and not stop:
-            # act: uniformly at random at first, then the slow policy with exploration noise
-            if global_step < args.learning_starts:
-                actions = warmup_rng.uniform(-1, 1, (args.num_envs, act_dim)).astype(np.float32)
-            else:
-                actions = act(agent, torch.as_tensor(obs, device=device), args, rng).cpu().numpy()
-            next_obs, rewards, terminations, truncations, infos = envs.step(actions)
-            global_step += args.num_envs
+    while global_step + args.num_envs <= args.total_timesteps and not stop:
+        # act: uniformly at random at first, then the slow policy with exploration noise
+        if global_step < args.learning_starts:
+            actions = 2 * torch.rand((args.num_envs, act_dim), generator=rng, device=device) - 1
+        else:
+            actions = act(agent, torch.as_tensor(obs, device=device), args, rng, "explore")
+        actions = actions.cpu().numpy()
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        global_step += args.num_envs
 
-            # store: where an episode ended, next_obs already belongs to the one after it
-            last_obs = next_obs.copy()
-            for i in np.flatnonzero(terminations | truncations):
-                last_obs[i] = infos["final_obs"][i]
-                episode = infos["final_info"]["episode"]
-                recent.append([float(episode["r"][i]), float(episode["l"][i])])
-                logger.scalars(dict(zip(EPISODE, recent[-1], strict=True)), global_step)
-            buffer.add(obs, actions, rewards, last_obs, terminations)
-            obs = next_obs
+        # store: where an episode ended, next_obs already belongs to the one after it
+        last_obs = next_obs.copy()
+        for i in np.flatnonzero(terminations | truncations):
+            last_obs[i] = infos["final_obs"][i]
+            for chart, key in zip(charts[:2], "rl", strict=True):
+                metrics[chart] = float(infos["final_info"]["episode"][key][i])
+        buffer.add(obs, actions, rewards, last_obs, terminations)
+        obs = next_obs
 
-            # learn: the number of updates follows from utd alone, whatever num_envs is
-            learning_steps = global_step - args.learning_starts
-            while agent.updates < int(args.utd * learning_steps + 1e-9):
-                metrics |= update(agent, buffer.sample(args.batch_size, rng), args, rng)
-            while agent.alpha_updates * args.alpha_interval < learning_steps:
-                update_alpha(agent, args)
+        # learn: the number of updates follows from utd alone, whatever num_envs is
+        learning_steps = global_step - args.learning_starts
+        while agent.updates < int(args.utd * learning_steps + 1e-9):
+            metrics |= update(agent, buffer.sample(args.batch_size, rng), args, rng)
+        while agent.alpha_updates * args.alpha_interval < learning_steps:
+            update_alpha(agent, args)
 
-            # log, evaluate, save
-            last = global_step + args.num_envs > args.total_timesteps
-            wall_time = round(time.perf_counter() - start_time, 3)
-            row = {"global_step": global_step, "updates": agent.updates, "wall_time": wall_time}
-            bar.update(args.num_envs)
-            if agent.updates and (due(args.log_every) or last):
-                metrics = {key: float(value) for key, value in metrics.items()}
-                check_finite(metrics | agent.state_dict(), global_step)
-                means = np.mean(recent, 0).tolist() if recent else ["", ""]
-                sps = {"charts/SPS": round(global_step / wall_time, 1)}
-                logger.row("metrics", row | dict(zip(EPISODE, means, strict=True)) | sps | metrics)
-                logger.scalars(metrics | sps, global_step)
-                bar.set_postfix(updates=agent.updates, episodic_return=means[0])
-            if args.eval_every and (due(args.eval_every) or last):
-                film = run_dir / "videos" / f"step-{global_step}" if args.capture_video else None
-                for result in evaluate_both(agent, eval_envs, args, film):
-                    logger.row("evaluations", row | result)
-                    name = "eval" if result["mode"] == "one_step" else "eval_best_of_n"
-                    stats = {k: v for k, v in result.items() if isinstance(v, float)}
-                    logger.scalars({f"{name}/{k}": v for k, v in stats.items()}, global_step)
-                    text = "step {global_step:,}: {mode} {return_mean:.1f} +- {return_std:.1f}"
-                    bar.write(text.format(**row, **result))
-            if due(args.checkpoint_every) or last or stop:
-                check_finite(agent.state_dict(), global_step)
-                progress = {"global_step": global_step, "wall_time": wall_time}
-                progress |= {"metrics": metrics, "recent": list(recent)}
-                save_run(run_dir, args, agent, buffer, envs, rng, warmup_rng, progress)
+        # log, evaluate, save
+        last = global_step + args.num_envs > args.total_timesteps
+        wall_time = round(time.perf_counter() - start, 3)
+        row = {"global_step": global_step, "updates": agent.updates, "wall_time": wall_time}
+        bar.update(args.num_envs)
+        logging = last or global_step % args.log_every < args.num_envs
+        saving = last or stop or global_step % (args.checkpoint_every or math.inf) < args.num_envs
+        if logging or saving:  # a diverged run must not overwrite its last good checkpoint
+            metrics = {key: float(value) for key, value in metrics.items()}
+            for key, value in (metrics | agent.state_dict()).items():
+                if key[:6] != "charts" and not torch.as_tensor(value).isfinite().all():
+                    raise SystemExit(f"diverged: {key} is NaN or infinite at step {global_step}")
+        if logging and agent.updates:
+            metrics["charts/SPS"] = round(global_step / wall_time, 1)
+            logger.row("metrics", row | metrics, metrics)
+            bar.set_postfix(episodic_return=metrics[charts[0]])
+        evaluating = args.eval_every and (last or global_step % args.eval_every < args.num_envs)
+        for mode in ("one_step", "best_of_n") if evaluating else ():
+            result = evaluate(agent, eval_envs, args, mode, run_dir / f"videos/step-{global_step}")
+            plotted = {f"eval_{mode}/{key}": result[key] for key in ("return_mean", "return_std")}
+            logger.row("evaluations", row | result, plotted)
+            tqdm.write("step {global_step:,}: {mode} {return_mean:.1f}".format(**row, **result))
+        if saving:
+            save_run(run_dir, args, agent, buffer, envs, rng, row | {"metrics": metrics})
+    for resource in bar, logger.writer, envs, eval_envs:
+        resource.close()
     if stop:
-        print(f"stopped at step {global_step:,}; go on with --resume {run_dir}", file=sys.stderr)
+        print(f"stopped; go on with --resume {run_dir}", file=sys.stderr)
         raise SystemExit(128 + stop[0])
     return run_dir
 
