@@ -376,7 +376,7 @@ def make_env(env_id: str, index: int = 0, film: bool = False) -> gym.Env:
             os.environ.setdefault("MUJOCO_GL", "disable")  # else it warns that there is no screen
         import shimmy  # noqa: F401  registers the ids, in every worker process too
     try:
-        env = gym.make(env_id, render_mode="rgb_array" if film else None)
+        env = gym.make(env_id, **({"render_mode": "rgb_array"} if film else {}))
     except (gym.error.Error, ImportError) as error:
         near = ", ".join(difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4))
         fail(f"cannot make {env_id!r} (mujoco {mujoco}): {error} Registered ids near it: {near}")

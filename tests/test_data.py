@@ -1,0 +1,136 @@
+"""From env.step to the replay buffer: the transitions that are learnt from are the ones that happened."""
+
+import gymnasium as gym
+import numpy as np
+import probe_envs
+import pytest
+import torch
+from conftest import load
+
+
+@pytest.fixture
+def coded_log():
+    probe_envs.LOG.clear()
+    probe_envs.Coded.made = 0
+    return probe_envs.LOG
+
+
+@pytest.mark.parametrize("buffer_size", [10_000, 37])
+def test_buffer_holds_what_happened(run, coded_log, buffer_size):
+    """Against the envs' own list: true last observations, termination alone, order, wrap-around."""
+    settings = {"total_timesteps": 150, "learning_starts": 120, "buffer_size": buffer_size}
+    saved = load(run(env_id="probe_envs:Coded-v0", num_envs=3, eval_episodes=1, **settings))
+    numbers = sorted({row[0][0] for row in coded_log})  # the vector env also makes a dummy
+    expected = coded_log[-buffer_size:]
+    stored = saved["buffer"]
+    assert len(numbers) == 3 and len(stored["rewards"]) == len(expected) == min(150, buffer_size)
+    order = np.roll(np.arange(len(expected)), -saved["position"]) if buffer_size == 37 else ...
+    columns = stored["obs"], stored["actions"], stored["rewards"], stored["next_obs"]
+    for column, values in zip(
+        [*columns, stored["terminations"]], zip(*expected, strict=True), strict=True
+    ):
+        assert np.array_equal(column.numpy()[order], np.array(values, np.float32))
+    assert stored["terminations"].sum() > 0
+    truncated = [row for row in expected if row[0][1] % 2 == 0 and not row[4]]
+    assert truncated, "no truncated episode was seen"
+
+
+def test_sampling_is_uniform_with_replacement(script):
+    """Every stored row equally often, and never one that was not stored."""
+    buffer = script.ReplayBuffer(50, 1, 1, torch.device("cpu"))
+    for i in range(20):
+        buffer.add(*[np.full((1, 1), i)] * 2, np.full(1, i), np.full((1, 1), i), np.zeros(1))
+    batch = buffer.sample(20_000, torch.Generator().manual_seed(0))
+    counts = np.bincount(batch["rewards"].int().numpy(), minlength=20)
+    assert len(counts) == 20 and np.abs(counts - 1000).max() < 150
+    assert torch.equal(batch["rewards"], batch["obs"][:, 0])
+
+
+def test_env_is_flat_float32_and_scaled(script):
+    """Dict observations in key order; -1 and 1 are the ends of a lopsided action range."""
+    env = script.make_env("probe_envs:Named-v0")
+    obs, _ = env.reset(seed=0)
+    assert obs.dtype == np.float32 and obs.tolist() == [1, 2, 3]
+    assert env.action_space == gym.spaces.Box(-1, 1, (2,), env.action_space.dtype)
+    for scaled, raw in (-1, 0.0), (0, 0.5), (1, 1.0):
+        assert env.step(np.full(2, scaled, np.float32))[1] == pytest.approx(raw)
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 5])
+@pytest.mark.parametrize("utd", [0.3, 1.0, 2.0])
+def test_updates_follow_from_utd_alone(script, run, monkeypatch, num_envs, utd):
+    """utd * (steps after the warm-up), whatever num_envs is; and they are real gradient steps."""
+    steps = []
+
+    def counted(agent, *rest):
+        steps.append(1)
+        agent.updates += 1
+        return {"losses/critic_loss": torch.zeros(())}
+
+    monkeypatch.setattr(script, "update", counted)
+    run_dir = run(env_id="probe_envs:Constant-v0", num_envs=num_envs, utd=utd)
+    assert len(steps) == round(utd * 300) == load(run_dir)["counters"][0]
+
+
+def test_training_moves_every_network(script, run):
+    """Not just 'did not crash': each network differs from its initial weights."""
+    settings = {"env_id": "probe_envs:Both-v0", "total_timesteps": 200}
+    end = load(run(**settings))["agent"]
+    torch.manual_seed(script.Args().seed)
+    args = script.Args(hidden_dim=16)
+    start = script.Agent(1, 1, args, torch.device("cpu")).state_dict()
+    frozen = [key for key in start if torch.equal(start[key], end[key])]
+    assert not frozen
+
+
+def test_same_seed_same_run_and_other_seed_other_run(run):
+    """Every number but the clock's; a different seed changes them."""
+
+    def rows(seed):
+        run_dir = run(env_id="Hopper-v4", seed=seed, eval_every=200, eval_episodes=2)
+        names = ("metrics", "evaluations")
+        tables = [np.genfromtxt(run_dir / f"{n}.csv", str, delimiter=",") for n in names]
+        clock = [np.isin(t[0], ["wall_time", "charts/SPS"]) for t in tables]
+        return [t[:, ~c].tolist() for t, c in zip(tables, clock, strict=True)]
+
+    first, again, other = rows(3), rows(3), rows(4)
+    assert first == again
+    assert first[0] != other[0] and first[1] != other[1]
+
+
+def test_evaluation_does_not_disturb_training(run):
+    """The same weights with and without evaluations on the way."""
+    weights = [
+        load(run(env_id="Hopper-v4", eval_every=every, eval_episodes=2))["agent"]
+        for every in (0, 100)
+    ]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_every_episode_has_its_own_seed(script):
+    """First observations differ between envs, episodes, seeds and from evaluation's."""
+    envs = script.make_envs("Hopper-v4", 2)
+    seen = []
+    for seed in 2, 4, 3:  # two runs' training streams, one evaluation stream
+        for reset in ([seed] * 2, None, None):
+            seen += [tuple(obs) for obs in envs.reset(seed=reset)[0]]
+    assert len(set(seen)) == len(seen) == 18
+    assert tuple(envs.reset(seed=[2, 2])[0][0]) == seen[0]
+
+
+def test_success_rate_is_the_share_of_successful_episodes(run):
+    """At the end of each evaluation episode; returns are listed per episode."""
+    run_dir = run(env_id="probe_envs:Succeeding-v0", eval_every=400, eval_episodes=40)
+    rows = np.genfromtxt(run_dir / "evaluations.csv", str, delimiter=",")
+    table = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    assert [row["mode"] for row in table] == ["one_step", "best_of_n"]
+    assert 0.2 < float(table[0]["success_rate"]) < 0.8
+    assert table[0]["success_rate"] == table[1]["success_rate"]  # the same first observations
+    assert table[0]["returns"].split() == ["3.0000"] * 40
+    assert (table[0]["nfe"], table[1]["nfe"], table[1]["num_candidates"]) == ("1", "2", "2")
+
+
+def test_success_rate_is_empty_where_there_is_none(run):
+    run_dir = run(env_id="probe_envs:Constant-v0", eval_every=400)
+    header, row, _ = (run_dir / "evaluations.csv").read_text().splitlines()
+    assert dict(zip(header.split(","), row.split(","), strict=True))["success_rate"] == ""

@@ -1,0 +1,84 @@
+"""The real main() on probe environments of increasing difficulty: values in closed form."""
+
+import pytest
+import torch
+from conftest import load
+
+LEARN = {
+    "total_timesteps": 2200,
+    "learning_starts": 200,
+    "utd": 1.0,
+    "batch_size": 64,
+    "num_candidates": 8,
+    "flow_steps": 4,
+    "hidden_dim": 32,
+    "critic_lr": 1e-3,
+    "policy_lr": (1e-3, 1e-3),
+    "alpha_interval": 20,
+    "tau": 0.05,
+    "gamma": 0.9,
+    "reward_scale": 0.2,
+}
+
+
+def trained(script, run, name, **changes):
+    settings = LEARN | changes
+    run_dir = run(env_id=f"probe_envs:{name}-v0", **settings)
+    agent = script.Agent(1, 1, script.Args(**settings), torch.device("cpu"))
+    agent.load_state_dict(load(run_dir)["agent"])
+    return agent
+
+
+def q_values(agent, obs):
+    """Q_1 and Q_2 at an observation, for actions over the box: (2, 21)."""
+    actions = torch.linspace(-1, 1, 21)[:, None]
+    with torch.no_grad():
+        return agent.critic(torch.full((21, 1), float(obs)), actions)
+
+
+def one_step_actions(script, agent, obs, settings=LEARN):
+    rng = torch.Generator().manual_seed(0)
+    obs = torch.full((256, 1), float(obs))
+    return script.act(agent, obs, script.Args(**settings), rng, "one_step")
+
+
+def test_constant_reward(script, run):
+    assert q_values(trained(script, run, "Constant"), 0) == pytest.approx(0.2, abs=0.02)
+
+
+def test_reward_depends_on_observation(script, run):
+    agent = trained(script, run, "Observed")
+    assert q_values(agent, 1) == pytest.approx(0.2, abs=0.04)
+    assert q_values(agent, -1) == pytest.approx(-0.2, abs=0.04)
+
+
+def test_reward_comes_later(script, run):
+    """Bootstrapping: the first step is worth gamma times the second."""
+    agent = trained(script, run, "Delayed")
+    assert q_values(agent, 1) == pytest.approx(0.2, abs=0.02)
+    assert q_values(agent, 0) == pytest.approx(0.9 * 0.2, abs=0.02)
+
+
+def test_time_limit_is_no_termination(script, run):
+    """Truncated after 8 steps of reward 1, an endless task is still worth reward_scale / (1 - gamma).
+
+    Treated as termination, the mean value over the 8 steps would be below 0.2 * 8 = 1.6.
+    """
+    agent = trained(script, run, "Endless", total_timesteps=4200)
+    assert q_values(agent, 0) == pytest.approx(0.2 / (1 - 0.9), abs=0.15)
+
+
+@pytest.mark.parametrize("weight_mode", ["temperature", "clip_alpha", "none", "particles"])
+def test_reward_depends_on_action(script, run, weight_mode):
+    """The deployed policy, one candidate from one step, finds an optimum inside the box."""
+    agent = trained(script, run, "Acted", weight_mode=weight_mode, reward_scale=2.0)
+    actions = one_step_actions(script, agent, 0)
+    assert actions.mean().item() == pytest.approx(0.5, abs=0.15)
+    assert (actions - 0.5).abs().mean() < 0.2
+
+
+def test_reward_depends_on_both(script, run):
+    agent = trained(script, run, "Both", total_timesteps=3200, reward_scale=2.0)
+    for obs in (-1, 1):
+        actions = one_step_actions(script, agent, obs)
+        assert actions.mean().item() == pytest.approx(0.5 * obs, abs=0.15)

@@ -1,0 +1,146 @@
+"""A run that was stopped and resumed equals one that was not, bit for bit (on CPU)."""
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, load
+
+ENVS = ["Ant-v4", "Humanoid-v4", "Walker2d-v5", "dm_control/cheetah-run-v0"]
+
+
+def differences(a, b, path=""):
+    """Where two nested checkpoints differ; the clock and the command line may."""
+    if path.endswith(("wall_time", "charts/SPS", "total_timesteps")):
+        return []
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [path]
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
+            return [f"{path}: {a.keys() ^ b.keys()}"]
+        return [d for key in a for d in differences(a[key], b[key], f"{path}/{key}")]
+    if isinstance(a, list | tuple):
+        return [
+            d
+            for i, pair in enumerate(zip(a, b, strict=True))
+            for d in differences(*pair, f"{path}/{i}")
+        ]
+    return [] if a == b or (a != a and b != b) else [path]
+
+
+def rows(run_dir, name="metrics"):
+    """The table without its clock."""
+    table = [line.split(",") for line in (run_dir / f"{name}.csv").read_text().splitlines()]
+    clock = [i for i, key in enumerate(table[0]) if key in ("wall_time", "charts/SPS")]
+    return [[cell for i, cell in enumerate(row) if i not in clock] for row in table]
+
+
+@pytest.mark.parametrize("env_id", ENVS)
+def test_resumed_equals_uninterrupted(script, run, env_id):
+    """Networks, targets, optimizers, statistics, buffer, generators, simulators, CSV rows."""
+    straight = run(env_id=env_id, total_timesteps=360)
+    resumed = run(env_id=env_id, total_timesteps=200)
+    before = load(resumed)
+    assert all(len(episode["actions"]) for episode in before["episodes"]), "not in mid-episode"
+    with (resumed / "metrics.csv").open("a") as file:  # a killed run's rows after its checkpoint
+        file.write("300," + "9," * 5 + "\n360,9")
+    again = script.main(
+        script.Args(**(before["args"] | {"resume": str(resumed), "total_timesteps": 360}))
+    )
+    assert again == resumed
+    assert differences(load(straight), load(resumed)) == []
+    assert differences(load(straight, "policy.pt"), load(resumed, "policy.pt")) == []
+    assert rows(straight) == rows(resumed)
+    assert load(resumed)["global_step"] == 360 and differences(before, load(resumed)) != []
+
+
+def test_asynchronous_envs_resume_as_well(script, run):
+    """One process per env gives the same run as all envs in one process, resumed or not."""
+    straight = run(env_id="Hopper-v4", total_timesteps=300)
+    resumed = run(env_id="Hopper-v4", total_timesteps=200, async_envs=True)
+    script.main(
+        script.Args(**(load(resumed)["args"] | {"resume": str(resumed), "total_timesteps": 300}))
+    )
+    found = differences(load(straight), load(resumed))
+    assert found == ["/args/async_envs"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on(script, run, tmp_path, signum):
+    """Exit status 128 + signal, a checkpoint at the step it stopped, and an exact continuation."""
+    flags = [
+        f"--{key.replace('_', '-')}={value}"
+        for key, value in (SMALL | {"env_id": "Hopper-v4"}).items()
+    ]
+    flags.append("--total-timesteps=1000000")
+    command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *flags]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while not list(tmp_path.glob("runs/*/metrics.csv")) and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=60)
+    (run_dir,) = tmp_path.glob("runs/*")
+    assert (
+        process.returncode == 128 + signum and f"--resume {run_dir.relative_to(tmp_path)}" in stderr
+    )
+    step = load(run_dir)["global_step"]
+    assert 100 < step < 1_000_000
+    args = script.Args(**load(run_dir)["args"])
+    script.main(replace(args, resume=str(run_dir), total_timesteps=step + 50))
+    straight = run(env_id="Hopper-v4", total_timesteps=step + 50)
+    assert differences(load(straight), load(run_dir)) == []
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(script, run, monkeypatch, tmp_path):
+    """One line names the bad quantity and the step; the file from before stays."""
+    update = script.update
+
+    def diverging(agent, *rest):
+        metrics = update(agent, *rest)
+        if agent.updates == 45:
+            with torch.no_grad():
+                agent.critic.q1[0].weight[0, 0] = torch.inf
+        return metrics
+
+    monkeypatch.setattr(script, "update", diverging)
+    with pytest.raises(SystemExit, match=r"diverged: .+ is NaN or infinite at step 360"):
+        run(env_id="Hopper-v4", checkpoint_every=120, log_every=120, utd=0.2)
+    (run_dir,) = tmp_path.glob("runs/*")
+    saved = load(run_dir)
+    assert saved["global_step"] == 240
+    assert all(value.isfinite().all() for value in saved["agent"].values())
+
+
+def test_nan_loss_stops_too(script, run, monkeypatch):
+    """The loss is looked at as well as the weights."""
+    update = script.update
+
+    def diverging(agent, *rest):
+        return update(agent, *rest) | {"losses/critic_loss": torch.tensor(torch.nan)}
+
+    monkeypatch.setattr(script, "update", diverging)
+    with pytest.raises(SystemExit, match="losses/critic_loss is NaN or infinite at step 200"):
+        run(env_id="Hopper-v4")
+
+
+def test_checkpoints_are_written_whole(script, run, monkeypatch):
+    """A crash while writing leaves the previous checkpoint readable."""
+    run_dir = run(env_id="Hopper-v4", total_timesteps=200)
+    real_save = torch.save
+
+    def crashing(content, path):
+        real_save(content, path)
+        with open(path, "r+b") as file:
+            file.truncate(100)
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", crashing)
+    args = script.Args(**load(run_dir)["args"])
+    with pytest.raises(OSError, match="disk full"):
+        script.main(replace(args, resume=str(run_dir), total_timesteps=300))
+    assert load(run_dir)["global_step"] == load(run_dir, "policy.pt")["global_step"] == 200
