@@ -202,9 +202,8 @@ def select_action(critic: TwinCritic, obs: Tensor, candidates: Tensor) -> tuple[
 
     obs (B, obs_dim), candidates (N, B, act_dim) -> actions in the box (B, act_dim), scores (N, B).
     """
-    scores = critic(obs, candidates).amin(0)
-    best = scores.argmax(0)[None, :, None]  # (1, B, 1)
-    return candidates.take_along_dim(best, 0)[0].clamp(-1, 1), scores
+    scores = critic(obs, candidates).amin(0)  # (N, B)
+    return candidates.take_along_dim(scores.argmax(0)[None, :, None], 0)[0].clamp(-1, 1), scores
 
 
 @torch.no_grad()
@@ -401,7 +400,7 @@ def make_envs(env_id: str, n: int, in_processes: bool = False, film: bool = Fals
 def choose_opengl() -> None:
     """Find a renderer that needs no screen, before mujoco's import reads MUJOCO_GL for good."""
     probe = [sys.executable, "-c", "import mujoco; mujoco.GLContext(8, 8).make_current()"]
-    for backend in "egl", "osmesa":
+    for backend in "egl", "osmesa", "glfw":
         os.environ["MUJOCO_GL"] = backend
         if subprocess.run(probe, capture_output=True).returncode == 0:
             return
@@ -553,12 +552,15 @@ def check_args(args: Args) -> torch.device:
     numbers = {k: v for k, v in asdict(args).items() if type(v) in (int, float)}
     numbers |= {"policy_lr": min(args.policy_lr), "policy_lr_decay": max(args.policy_lr_decay)}
     may_be_zero = "seed", "eval_every", "checkpoint_every", "torch_threads", "noise_scale"
-    limits = {"gamma": 1, "tau": 1, "q_stats_rate": 1, "num_envs": args.buffer_size}
-    limits |= {"batch_size": args.learning_starts, "learning_starts": args.total_timesteps}
+    limits = dict.fromkeys(("gamma", "tau", "q_stats_rate"), (1, "at most 1"))
+    limits["num_envs"] = args.buffer_size, "at most --buffer-size"
+    limits["batch_size"] = args.learning_starts, "at most --learning-starts"
+    limits["learning_starts"] = args.total_timesteps, "at most --total-timesteps"
     for key, value in numbers.items():
-        low, limit = "0 or more" if key in may_be_zero else "above 0", limits.get(key, math.inf)
-        if not (0 < value < math.inf or (value == 0 and key in may_be_zero)) or value > limit:
-            fail(f"--{key.replace('_', '-')} {value} must be {low} and at most {limit}")
+        limit, high = limits.get(key, (sys.float_info.max, "finite"))
+        low = "0 or more" if key in may_be_zero else "above 0"
+        if not (0 < value <= limit or (value == 0 and key in may_be_zero)):
+            fail(f"--{key.replace('_', '-')} {value} must be {low} and {high}")
     if args.utd * (args.total_timesteps - args.learning_starts) < 1:
         fail(f"--utd {args.utd} gives no update; raise it or --total-timesteps")
     try:
@@ -608,8 +610,7 @@ def main(args: Args) -> Path | None:
                 fail(f"--{key.replace('_', '-')} cannot change on --resume; it was {value}")
         if saved["device"] != device.type:
             fail(f"{file} was written on {saved['device']} and can only go on there")
-    no_screen = sys.platform == "linux" and not {"DISPLAY", "MUJOCO_GL"} & set(os.environ)
-    if args.capture_video and no_screen:
+    if args.capture_video and not {"DISPLAY", "MUJOCO_GL"} & set(os.environ):
         choose_opengl()
     envs = make_envs(args.env_id, args.num_envs, args.async_envs)  # first, because it may fork
     eval_envs = make_envs(args.env_id, args.eval_episodes, film=args.capture_video)
@@ -658,10 +659,9 @@ def main(args: Args) -> Path | None:
         obs = next_obs
 
         # learn: the number of updates follows from utd alone, whatever num_envs is
-        learning_steps = global_step - args.learning_starts
-        while agent.updates < int(args.utd * learning_steps + 1e-9):
+        while agent.updates < int(args.utd * (global_step - args.learning_starts) + 1e-9):
             metrics |= update(agent, buffer.sample(args.batch_size, rng), args, rng)
-        while agent.alpha_updates * args.alpha_interval < learning_steps:
+        while agent.alpha_updates * args.alpha_interval < global_step - args.learning_starts:
             update_alpha(agent, args)
 
         # log, evaluate, save

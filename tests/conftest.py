@@ -1,4 +1,4 @@
-"""What all tests share: the scripts under test, small settings, and running main() in a scratch folder."""
+"""What all tests share: the scripts under test, small settings, main() in an empty folder."""
 
 import importlib
 import sys
@@ -38,7 +38,7 @@ def script(request):
 
 @pytest.fixture
 def run(script, tmp_path, monkeypatch):
-    """run(env_id=..., ...) trains at SMALL size in an empty folder and returns the run directory."""
+    """run(env_id=..., ...) trains at SMALL size in an empty folder; returns the run directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
     return lambda **changes: script.main(script.Args(**(SMALL | changes)))

@@ -31,7 +31,7 @@ class Probe(gym.Env):
         return np.zeros(1, np.float32)
 
     def next_obs(self):
-        return self.obs
+        return self.obs.copy()
 
     def reward(self, action):
         return 1.0

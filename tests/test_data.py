@@ -1,4 +1,4 @@
-"""From env.step to the replay buffer: the transitions that are learnt from are the ones that happened."""
+"""From env.step to the replay buffer: what is learnt from is what happened."""
 
 import gymnasium as gym
 import numpy as np

@@ -60,7 +60,7 @@ def test_reward_comes_later(script, run):
 
 
 def test_time_limit_is_no_termination(script, run):
-    """Truncated after 8 steps of reward 1, an endless task is still worth reward_scale / (1 - gamma).
+    """Cut after 8 steps of reward 1, an endless task is still worth reward_scale / (1 - gamma).
 
     Treated as termination, the mean value over the 8 steps would be below 0.2 * 8 = 1.6.
     """

@@ -1,0 +1,363 @@
+"""What users rely on: the command line, refusals, files, a script that stands alone."""
+
+import ast
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import fields, replace
+from importlib import metadata
+from pathlib import Path
+
+import gymnasium as gym
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, SMALL, load
+
+TREES = {name: ast.parse((ROOT / f"{name}.py").read_text()) for name in SCRIPTS}
+SHARED = ["fail", "SeededEpisodes", "make_env", "make_envs", "choose_opengl", "ReplayBuffer"]
+SHARED += ["evaluate", "RunLogger", "save_run", "load", "restore_run", "parse_args"]
+FLAGS = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items()]
+
+
+def python(*command, **options):
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=120, **options
+    )
+
+
+def commands():
+    """Every `python <script>.py ...` in the README and the docs, continuation lines joined."""
+    for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]:
+        for block in re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                for part in line.split("&&"):
+                    if re.match(rf"\s*python ({'|'.join(SCRIPTS)})\.py", part):
+                        yield pytest.param(shlex.split(part, comments=True), id=part.strip())
+
+
+# ------------------------------------------------------------------ the command line
+
+
+def test_help_is_clean(script):
+    """Every field is explained, and nothing is printed to stderr."""
+    result = python(ROOT / f"{script.__name__}.py", "--help")
+    assert result.returncode == 0 and result.stderr == ""
+    for field in fields(script.Args):
+        assert f"--{field.name.replace('_', '-')}" in result.stdout
+
+
+def test_every_argument_is_used_and_explained(script):
+    source = (ROOT / f"{script.__name__}.py").read_text()
+    body = source.split("class Args:")[1]
+    for field in fields(script.Args):
+        assert re.search(rf"^    {field.name}: .*  # \w", body, re.MULTILINE), field.name
+        assert re.search(rf"\bargs\.{field.name}\b", body), f"{field.name} is never used"
+
+
+@pytest.mark.parametrize("command", commands())
+def test_documented_commands_work(command, tmp_path, monkeypatch):
+    """They parse as written; training runs at a small size, replays find the run just made."""
+    script = __import__(command[1].removesuffix(".py"))
+    monkeypatch.chdir(tmp_path)
+    small = [*FLAGS, "--no-compile"]
+    if "--resume" in command or "--evaluate" in command:
+        run_dir = script.main(script.Args(**(SMALL | {"env_id": "Hopper-v4"})))
+        for flag, name in ("--resume", ""), ("--evaluate", "policy.pt"):
+            if flag in command:
+                command[command.index(flag) + 1] = str(run_dir / name)
+        small = ["--total-timesteps=500"] if "--resume" in command else ["--eval-episodes=1"]
+        small += ["--no-capture-video"]
+    else:
+        script.parse_args(command[2:])
+    script.main(script.parse_args([*command[2:], *small]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--env-id Antt-v4", "near it: Ant-v4"),
+        ("--env-id dm_control/cheetah-rum-v0", "dm_control/cheetah-run-v0"),
+        ("--env-id no_such_module:Env-v0", "No module named 'no_such_module'"),
+        ("--env-id CartPole-v1", "Discrete(2)"),
+        ("--env-id probe_envs:Unbounded-v0", "only bounded vectors"),
+        ("--env-id probe_envs:Image-v0", "images will not"),
+        ("--env-id Pusher-v4", "mujoco<3"),
+        ("--env-id CarRacing-v3", "Box2D is not installed"),
+        ("--resume missing", "missing is missing"),
+        ("--resume truncated.pt", "damaged"),
+        ("--resume foreign.pt", "no checkpoint.pt"),
+        ("--evaluate missing.pt", "missing"),
+        ("--evaluate truncated.pt", "damaged"),
+        ("--evaluate foreign.pt", "no policy.pt"),
+        ("--total-timesteps 0", "--total-timesteps 0 must be above 0"),
+        ("--num-envs -1", "--num-envs -1 must be above 0"),
+        ("--eval-episodes 0", "--eval-episodes 0 must be"),
+        ("--eval-every -1", "--eval-every -1 must be 0 or more"),
+        ("--num-candidates 0", "--num-candidates 0"),
+        ("--flow-steps 0", "--flow-steps 0"),
+        (
+            "--batch-size 200",
+            "--batch-size 200 must be above 0 and at most --learning-starts",
+        ),
+        ("--learning-starts 500", "at most --total-timesteps"),
+        ("--buffer-size 1", "--num-envs 2"),
+        ("--gamma 0", "--gamma 0.0 must be above 0"),
+        ("--gamma 1.01", "--gamma 1.01 must be above 0 and at most 1"),
+        ("--tau 2", "--tau 2.0 must be"),
+        ("--tau nan", "--tau nan must be"),
+        ("--reward-scale inf", "--reward-scale inf must be"),
+        ("--critic-lr -0.1", "--critic-lr -0.1"),
+        ("--policy-lr -1 1", "--policy-lr -1.0"),
+        ("--temperature 0", "--temperature 0.0"),
+        ("--noise-scale -1", "--noise-scale -1.0 must be 0 or more"),
+        ("--utd 0", "--utd 0.0 must be above 0"),
+        ("--utd 0.001", "gives no update"),
+        ("--device cuda:7", "--device cuda:7"),
+        ("--device tpu9", "--device tpu9"),
+    ],
+)
+def test_bad_input_is_refused(script, tmp_path, monkeypatch, capsys, flags, message):
+    """One clear line, exit status 2, and nothing new on disk."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "truncated.pt").write_bytes(b"PK\x03\x04 and then nothing")
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "foreign.pt")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        script.main(script.parse_args([*FLAGS, *flags.split()]))
+    stderr = capsys.readouterr().err
+    assert stopped.value.code == 2 and sorted(tmp_path.rglob("*")) == before
+    assert stderr.startswith(f"{script.__name__}.py: error: ") and message in stderr
+    assert stderr.count("\n") == 1
+
+
+def test_dm_control_needs_an_older_mujoco_than_4(script, monkeypatch, capsys):
+    monkeypatch.setattr(script.metadata, "version", lambda name: "4.0.0")
+    with pytest.raises(SystemExit):
+        script.make_env("dm_control/cheetah-run-v0")
+    assert "mujoco>=3.17,<4" in capsys.readouterr().err
+
+
+def test_video_without_opengl_is_refused(script, monkeypatch, capsys, tmp_path):
+    """The message says which package to install."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("DISPLAY", "MUJOCO_GL"):
+        monkeypatch.delenv(name, raising=False)
+    failed = subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(script.subprocess, "run", lambda *args, **options: failed)
+    with pytest.raises(SystemExit) as stopped:
+        script.main(script.Args(**SMALL, capture_video=True))
+    assert stopped.value.code == 2 and "apt-get install libegl1" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_changed_argument_is_refused_on_resume(script, run, capsys):
+    run_dir = run(env_id="Hopper-v4", total_timesteps=200)
+    args = script.Args(**load(run_dir)["args"])
+    with pytest.raises(SystemExit):
+        script.main(replace(args, resume=str(run_dir), gamma=0.5))
+    assert "--gamma cannot change on --resume; it was 0.99" in capsys.readouterr().err
+
+
+def test_resume_starts_from_the_stored_arguments(script, run):
+    run_dir = run(env_id="Hopper-v4", total_timesteps=200)
+    args = script.parse_args(["--resume", str(run_dir), "--total-timesteps", "220"])
+    assert args == script.Args(
+        **(load(run_dir)["args"] | {"resume": str(run_dir), "total_timesteps": 220})
+    )
+
+
+# ------------------------------------------------------------------ files and environments
+
+
+def test_run_directory(script, run):
+    """The files of a run and what they hold; the policy loads without the script's help."""
+    run_dir = run(env_id="probe_envs:Constant-v0", eval_every=200, seed=7)
+    assert re.fullmatch(
+        rf"probe_envs-Constant-v0__{script.__name__}__7__\d{{8}}-\d{{6}}-\d{{6}}", run_dir.name
+    )
+    names = {"args.json", "versions.json", "metrics.csv", "evaluations.csv"}
+    assert names | {"policy.pt", "checkpoint.pt"} <= {path.name for path in run_dir.iterdir()}
+    assert list(run_dir.glob("events.out.tfevents.*")) and not list(run_dir.glob("*.tmp"))
+    assert json.loads((run_dir / "args.json").read_text())["seed"] == 7
+    versions = json.loads((run_dir / "versions.json").read_text())
+    assert versions["torch"] == metadata.version("torch") and versions["device"]
+    header = (run_dir / "evaluations.csv").read_text().split("\n")[0]
+    assert header == (
+        "global_step,updates,wall_time,mode,nfe,num_candidates,"
+        "return_mean,return_std,success_rate,returns"
+    )
+    steps = [int(line.split(",")[0]) for line in (run_dir / "metrics.csv").read_text().split()[1:]]
+    assert steps == [200, 300, 400]
+    saved = load(run_dir, "policy.pt")
+    assert set(saved) == {"policy", "critics", "args", "global_step"}
+    policy = script.VelocityField(1, 1, 16)
+    assert set(saved["policy"]) == {name for name, _ in policy.named_parameters()}
+    assert type(saved["args"]) is dict and saved["global_step"] == 400
+    policy.load_state_dict(saved["policy"])
+
+
+def test_two_launches_in_one_second_do_not_share(script, run):
+    dirs = {run(env_id="probe_envs:Constant-v0", total_timesteps=110, utd=0.1) for _ in range(3)}
+    assert len(dirs) == 3
+
+
+def test_replay_prints_returns_and_latency(script, run, capsys):
+    run_dir = run(env_id="probe_envs:Succeeding-v0")
+    script.main(script.parse_args(["--evaluate", str(run_dir / "policy.pt"), "--eval-episodes=3"]))
+    out = capsys.readouterr().out
+    assert out.count("return 3.0000") == 3 and "return 3.00 +- 0.00" in out
+    assert re.search(r"\d+\.\d{3} ms/action", out)
+
+
+def test_replay_equals_the_last_evaluation(script, run, capsys):
+    """The same policy, episodes and noise as the one_step row of the run."""
+    run_dir = run(env_id="Hopper-v4", eval_every=400, eval_episodes=3)
+    row = (run_dir / "evaluations.csv").read_text().splitlines()[1]
+    script.main(script.parse_args(["--evaluate", str(run_dir)]))
+    assert (
+        re.findall(r"episode \d: return (\S+)", capsys.readouterr().out)
+        == row.split(",")[-1].split()
+    )
+
+
+def test_replay_on_another_env_is_refused(script, run, capsys):
+    run_dir = run(env_id="probe_envs:Constant-v0")
+    with pytest.raises(SystemExit):
+        script.main(script.parse_args(["--evaluate", str(run_dir), "--env-id", "Hopper-v4"]))
+    assert "was trained on probe_envs:Constant-v0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "env_id", ["Ant-v4", "HalfCheetah-v5", "dm_control/walker-walk-v0", "probe_envs:Both-v0"]
+)
+def test_environments_train_with_the_same_command(script, run, env_id):
+    run_dir = run(env_id=env_id, total_timesteps=150)
+    assert load(run_dir)["global_step"] == 150
+
+
+@pytest.mark.parametrize("backend", ["egl", "osmesa"])
+def test_video_of_a_replay(script, run, backend):
+    """One mp4 with moving pictures; skipped where that OpenGL is not installed."""
+    probe = python(
+        "-c", "import mujoco; mujoco.GLContext(8, 8).make_current()", env={"MUJOCO_GL": backend}
+    )
+    if probe.returncode:
+        pytest.skip(f"no {backend} here: {probe.stderr.strip().splitlines()[-1]}")
+    run_dir = run(env_id="Hopper-v4", total_timesteps=150)
+    flags = ["--evaluate", run_dir, "--eval-episodes=1", "--capture-video"]
+    result = python(
+        ROOT / f"{script.__name__}.py", *flags, env={"MUJOCO_GL": backend, "HOME": "/tmp"}
+    )
+    assert result.returncode == 0, result.stderr
+    import imageio.v3 as iio
+
+    (film,) = (run_dir / "videos").glob("*.mp4")
+    frames = iio.imread(film)
+    assert frames.ndim == 4 and len(frames) > 3 and frames.std() > 10
+    assert (frames[0].astype(int) != frames[-1]).mean() > 0.01
+
+
+# ------------------------------------------------------------------ speed settings
+
+
+def agents_after(script, updates, compiled, **changes):
+    args = script.Args(**(SMALL | changes))
+    torch.manual_seed(0)
+    agent = script.Agent(3, 2, args, torch.device("cpu"))
+    if compiled:
+        for network in (agent.policy, agent.critic, agent.target_critic):
+            network.compile(dynamic=False)
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(updates):
+        batch = {"obs": torch.randn((16, 3), generator=rng), "rewards": torch.ones(16)}
+        batch |= {"actions": torch.rand((16, 2), generator=rng), "terminations": torch.zeros(16)}
+        batch["next_obs"] = torch.randn((16, 3), generator=rng)
+        script.update(agent, batch, args, rng)
+    optimizers = {key: opt.state_dict()["state"] for key, opt in agent.optimizers.items()}
+    return agent.state_dict(), optimizers
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_updates_equal_eager_ones(script):
+    """Parameters, targets, statistics and optimizer state after 20 updates, to rounding."""
+    (eager, eager_opt), (fast, fast_opt) = (agents_after(script, 20, c) for c in (False, True))
+    assert eager.keys() == fast.keys()  # no _orig_mod.
+    for key in eager:
+        torch.testing.assert_close(fast[key], eager[key], rtol=1e-4, atol=1e-5, msg=key)
+    for key in eager_opt:
+        for index, state in eager_opt[key].items():
+            for name, value in state.items():
+                torch.testing.assert_close(fast_opt[key][index][name], value, rtol=1e-3, atol=1e-5)
+
+
+# ------------------------------------------------------------------ the text of the scripts
+
+
+def blocks(name):
+    source = (ROOT / f"{name}.py").read_text()
+    nodes = [node for node in TREES[name].body if hasattr(node, "name")]
+    return {node.name: ast.get_source_segment(source, node) for node in nodes}
+
+
+@pytest.mark.parametrize("block", SHARED)
+def test_shared_blocks_are_the_same_text(block):
+    assert len({blocks(name)[block] for name in SCRIPTS}) == 1
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_can_be_read_in_one_sitting(name):
+    """At most 700 lines of 100 columns, and the method within the first 330."""
+    lines = (ROOT / f"{name}.py").read_text().splitlines()
+    (plumbing,) = [i for i, line in enumerate(lines) if re.match("# -+ plumbing", line)]
+    assert len(lines) <= 700 and plumbing <= 330 and max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_imports_only_what_requirements_install(name):
+    modules = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module.split(".")[0])
+    text = (ROOT / "requirements.txt").read_text()
+    allowed = {re.split(r"[=\[<>]", line)[0] for line in text.splitlines() if line[:1].isalpha()}
+    assert modules - sys.stdlib_module_names <= allowed
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_runs_alone(name, tmp_path):
+    """Copied into an empty folder, without the repository."""
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    flags = [*FLAGS, "--env-id=HalfCheetah-v4", "--total-timesteps=150"]
+    result = python(f"{name}.py", *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (run_dir,) = tmp_path.glob("runs/*")
+    assert load(run_dir)["global_step"] == 150
+
+
+def test_requirements_are_pinned_and_installed():
+    for path in (ROOT / "requirements.txt", ROOT / "tests/requirements.txt"):
+        for line in path.read_text().splitlines():
+            if line and not line.startswith("#"):
+                name, _, version = line.split("#")[0].strip().partition("==")
+                installed = metadata.version(name.split("[")[0])
+                assert version and installed.split("+")[0] == version, line
+
+
+def test_code_style():
+    """ruff's lint and format over the whole repository."""
+    for command in (["check"], ["format", "--check"]):
+        result = python("-m", "ruff", *command, ROOT)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_probe_envs_are_valid_environments():
+    """The tests' own environments satisfy gymnasium, so that a failure is the script's."""
+    from gymnasium.utils.env_checker import check_env
+
+    for name in ("Constant", "Observed", "Delayed", "Acted", "Both", "Coded"):
+        check_env(gym.make(f"probe_envs:{name}-v0").unwrapped, skip_render_check=True)
