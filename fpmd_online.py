@@ -15,7 +15,7 @@ e ~ N(0, I); Q' and the policy that acts are slow copies. First the method, then
     python fpmd_online.py --env-id Ant-v4
     python fpmd_online.py --evaluate runs/<run>/policy.pt --eval-episodes 10
 
-Paper: Flow Policy Mirror Descent, arXiv:2507.23675; authors' code: tianyyiii/flow_policy_iclr.
+Paper: One-Step Flow Policy Mirror Descent, arXiv:2507.23675; code: tianyyiii/flow_policy_iclr.
 """
 
 import copy

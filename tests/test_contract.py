@@ -359,5 +359,15 @@ def test_probe_envs_are_valid_environments():
     """The tests' own environments satisfy gymnasium, so that a failure is the script's."""
     from gymnasium.utils.env_checker import check_env
 
-    for name in ("Constant", "Observed", "Delayed", "Acted", "Both", "Coded"):
+    for name in ("Constant", "Observed", "Delayed", "Acted", "Both"):
         check_env(gym.make(f"probe_envs:{name}-v0").unwrapped, skip_render_check=True)
+
+
+def test_readme_snippet_acts(run, monkeypatch):
+    """The lines that load a policy and act, as printed."""
+    run_dir = run(env_id="Hopper-v4", total_timesteps=150)
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(run_dir)
+    names = {}
+    exec(snippet, names)
+    assert names["obs"].shape == (11,) and names["env"].episode["count"] == 1
