@@ -635,9 +635,9 @@ def main(args: Args) -> Path | None:
     for network in (agent.policy, agent.critic, agent.target_critic) if args.compile else ():
         network.compile(dynamic=False)
 
+    stop, start = [], time.perf_counter() - start
     for signum in signal.SIGINT, signal.SIGTERM:  # one finishes the step and saves, two kill
         signal.signal(signum, lambda s, _: sys.exit(128 + s) if stop else stop.append(s))
-    stop, start = [], time.perf_counter() - start
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=None)
     while global_step + args.num_envs <= args.total_timesteps and not stop:
         # act: uniformly at random at first, then the slow policy with exploration noise

@@ -199,9 +199,14 @@ def test_run_directory(script, run):
     policy.load_state_dict(saved["policy"])
 
 
-def test_two_launches_in_one_second_do_not_share(script, run):
-    dirs = {run(env_id="probe_envs:Constant-v0", total_timesteps=110, utd=0.1) for _ in range(3)}
-    assert len(dirs) == 3
+def test_two_launches_in_one_second_do_not_share(script, run, monkeypatch):
+    settings = {"env_id": "probe_envs:Constant-v0", "total_timesteps": 110, "utd": 0.1}
+    assert len({run(**settings) for _ in range(3)}) == 3
+    monkeypatch.setattr(script.time, "time_ns", lambda: 0)  # nor in one microsecond
+    monkeypatch.setattr(script.time, "strftime", lambda form: "now")
+    run(**settings)
+    with pytest.raises(FileExistsError):
+        run(**settings)
 
 
 def test_replay_prints_returns_and_latency(script, run, capsys):

@@ -134,3 +134,30 @@ def test_success_rate_is_empty_where_there_is_none(run):
     run_dir = run(env_id="probe_envs:Constant-v0", eval_every=400)
     header, row, _ = (run_dir / "evaluations.csv").read_text().splitlines()
     assert dict(zip(header.split(","), row.split(","), strict=True))["success_rate"] == ""
+
+
+def test_evaluation_counts_the_first_episode_of_every_env(script, coded_log, tmp_path):
+    """Envs that finish early start again while the others run on; that does not count."""
+    envs = script.make_envs("probe_envs:Coded-v0", 8)
+    coded_log.clear()
+    args = script.Args(hidden_dim=8, num_candidates=2, flow_steps=1)
+    agent = script.Agent(3, 2, args, torch.device("cpu"))
+    result = script.evaluate(agent, envs, args, "one_step", tmp_path)
+    expected = {}
+    for obs, _, reward, _, _ in coded_log:
+        expected.setdefault(obs[0], {}).setdefault(obs[1], []).append(reward)
+    first = [sum(next(iter(episodes.values()))) for episodes in expected.values()]
+    assert max(len(episodes) for episodes in expected.values()) > 1
+    assert [float(value) for value in result["returns"].split()] == sorted(first)
+    assert result["return_mean"] == np.mean(first) and result["return_std"] == np.std(first)
+
+
+def test_evaluation_and_training_share_no_seed(script, run, monkeypatch):
+    made, make_envs = [], script.make_envs
+    monkeypatch.setattr(
+        script, "make_envs", lambda *a, **k: made.append(make_envs(*a, **k)) or made[-1]
+    )
+    for seed in 0, 1, 2:
+        run(env_id="Hopper-v4", eval_every=400, eval_episodes=2, seed=seed, total_timesteps=120)
+    seeds = [{episode["seed"] for episode in envs.get_attr("episode")} for envs in made]
+    assert len(seeds) == 6 and len(set.union(*seeds)) == 6

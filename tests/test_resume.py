@@ -47,7 +47,7 @@ def test_resumed_equals_uninterrupted(script, run, env_id):
     before = load(resumed)
     assert all(len(episode["actions"]) for episode in before["episodes"]), "not in mid-episode"
     with (resumed / "metrics.csv").open("a") as file:  # a killed run's rows after its checkpoint
-        file.write("300," + "9," * 5 + "\n360,9")
+        file.write("300," + "9," * 5 + "\n3")  # the last one torn off within its step
     again = script.main(
         script.Args(**(before["args"] | {"resume": str(resumed), "total_timesteps": 360}))
     )
@@ -96,7 +96,8 @@ def test_a_signal_saves_and_the_run_goes_on(script, run, tmp_path, signum):
     assert differences(load(straight), load(run_dir)) == []
 
 
-def test_divergence_stops_and_keeps_the_last_good_checkpoint(script, run, monkeypatch, tmp_path):
+@pytest.mark.parametrize("log_every", [120, 1000])
+def test_divergence_stops_before_the_next_checkpoint(script, run, monkeypatch, tmp_path, log_every):
     """One line names the bad quantity and the step; the file from before stays."""
     update = script.update
 
@@ -109,7 +110,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(script, run, monkey
 
     monkeypatch.setattr(script, "update", diverging)
     with pytest.raises(SystemExit, match=r"diverged: .+ is NaN or infinite at step 360"):
-        run(env_id="Hopper-v4", checkpoint_every=120, log_every=120, utd=0.2)
+        run(env_id="Hopper-v4", checkpoint_every=120, log_every=log_every, utd=0.2)
     (run_dir,) = tmp_path.glob("runs/*")
     saved = load(run_dir)
     assert saved["global_step"] == 240
