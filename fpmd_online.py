@@ -3,14 +3,13 @@
 A velocity field v(s, z, t) carries noise (t = 0) to an action (t = 1). Training samples it with
 T = 20 Euler steps and keeps the best of N = 32 candidates; policy mirror descent pulls the flow
 towards them. As the policy concentrates its flow straightens, and one Euler step is enough to act.
+Below, e ~ N(0, I), and Q' and the policy that acts are slow copies. The method comes first.
 
     generate            z_0 = prior_std * e,  z_{k+1} = z_k + v(s, z_k, k/T) / T,  a = z_T
     select_action       a* = argmax over N candidates a_i of min(Q_1, Q_2)(s, a_i)
     critic_loss         y = r + gamma (1 - terminated) min(Q'_1, Q'_2)(s', a*),  (Q_j(s, a) - y)^2
     importance_weights  w = exp((Q(s', a*) - max Q) / (sigma lambda)), divided by its batch mean
     policy_loss         w || v(s', z_t, t) - (a* - e) ||^2  with  z_t = (1 - t) e + t a*
-
-e ~ N(0, I); Q' and the policy that acts are slow copies. First the method, then the plumbing.
 
     python fpmd_online.py --env-id Ant-v4
     python fpmd_online.py --evaluate runs/<run>/policy.pt --eval-episodes 10
@@ -102,9 +101,11 @@ TIME_DIM = 16  # width of the sinusoidal time embedding
 
 
 class Mish(nn.Module):
-    """x tanh(softplus(x)) with a single exponential, which is what it costs."""
+    """x tanh(softplus(x)); compiled, with a single exponential, which is most of what it costs."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return nn.functional.mish(x)  # eager: one pass over memory counts for more
         e = x.clamp(max=20).exp()  # from there on Mish is x to float precision
         n = e * (e + 2)
         return x * n / (n + 2)
@@ -193,8 +194,7 @@ def propose(policy: nn.Module, obs: Tensor, std: Tensor, args: Args, rng: Genera
     """N candidates per state, exploration noise of that std on each: (N, B, act_dim), unclipped."""
     shape = (2, args.num_candidates, len(obs), policy.act_dim)
     noise, exploration = torch.randn(shape, generator=rng, device=obs.device)
-    candidates = generate(policy, obs, args.prior_std * noise, args.flow_steps)
-    return candidates + std * exploration
+    return generate(policy, obs, args.prior_std * noise, args.flow_steps) + std * exploration
 
 
 def select_action(critic: TwinCritic, obs: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
@@ -470,7 +470,7 @@ class RunLogger:
             import wandb
 
             where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-            where |= {"id": self.run_dir.name, "dir": self.run_dir, "resume": "allow"}
+            where |= {"id": self.run_dir.name, "resume": "allow"}
             wandb.init(**where, config=asdict(args), sync_tensorboard=True)
             wandb.save(f"{self.run_dir}/videos/*.mp4", base_path=self.run_dir)
         self.writer = SummaryWriter(self.run_dir, purge_step=global_step + 1)
