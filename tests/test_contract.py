@@ -9,7 +9,6 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from importlib import metadata
-from pathlib import Path
 
 import gymnasium as gym
 import pytest

@@ -1,0 +1,108 @@
+"""Gather the evaluations of training runs in one tidy CSV, a row per evaluation and mode.
+
+Run directories may be finished or still growing. The same directories give the same file, in
+whatever order they are named. The flags column holds what differs from the script's defaults.
+
+    python benchmark/collect.py runs/* --output benchmark/results/fpmd_online_cpu.csv
+"""
+
+import argparse
+import ast
+import csv
+import json
+import sys
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# flags with a column of their own, and those that change no result
+NOT_A_FLAG = {"env_id", "seed", "total_timesteps", "exp_name", "runs_dir", "device"}
+NOT_A_FLAG |= {"log_every", "eval_every", "eval_episodes", "checkpoint_every", "capture_video"}
+NOT_A_FLAG |= {"track", "wandb_project_name", "wandb_entity", "resume", "evaluate"}
+NOT_A_FLAG |= {"torch_threads"}
+VERSIONS = "python", "torch", "gymnasium", "mujoco", "device", "threads", "commit"
+
+
+def script_of(exp_name: str) -> Path:
+    """fpmd_online.py for fpmd_online and for any longer name a variant was given."""
+    scripts = [*ROOT.glob("*_online.py"), *(ROOT / "baselines").glob("*_online.py")]
+    candidates = [script for script in scripts if exp_name.startswith(script.stem)]
+    if not candidates:
+        sys.exit(f"collect.py: error: --exp-name {exp_name} begins with the name of no script")
+    return max(candidates, key=lambda script: len(script.stem))
+
+
+@cache
+def defaults(script: Path) -> dict:
+    """The script's Args as they stand in its text: nothing is imported or run."""
+    classes = [
+        node for node in ast.parse(script.read_text()).body if isinstance(node, ast.ClassDef)
+    ]
+    args = next(node for node in classes if node.name == "Args")
+    fields = [node for node in args.body if isinstance(node, ast.AnnAssign)]
+    return {field.target.id: ast.literal_eval(field.value) for field in fields}
+
+
+def flags(args: dict, script: Path) -> str:
+    """What one would type to get args, beyond NOT_A_FLAG, as one string."""
+    words, default = [], json.loads(json.dumps(defaults(script)))  # tuples become lists
+    for key, value in args.items():
+        if key in NOT_A_FLAG or (key in default and value == default[key]):
+            continue
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            values = value if isinstance(value, list) else [value]
+            words.append(" ".join([f"--{name}", *map(str, values)]))
+    return " ".join(words)
+
+
+def read_run(run_dir: Path) -> list[dict]:
+    """The rows of one run directory; none if it has not been evaluated yet."""
+    evaluations = run_dir / "evaluations.csv"
+    if not evaluations.exists():
+        print(f"collect.py: no evaluations in {run_dir}, left out", file=sys.stderr)
+        return []
+    args = json.loads((run_dir / "args.json").read_text())
+    versions = json.loads((run_dir / "versions.json").read_text())
+    script = script_of(args["exp_name"])
+    run = {"algorithm": script.stem, "env_id": args["env_id"], "seed": args["seed"]}
+    setting = {
+        "flags": flags(args, script),
+        "utd": args["utd"],
+        "total_timesteps": args["total_timesteps"],
+    }
+    setting |= {key: versions.get(key, "") for key in VERSIONS}
+    lines = evaluations.read_text().splitlines(keepends=True)
+    complete = [line for line in lines if line.endswith("\n")]  # the last may be half written
+    return [run | row | setting for row in csv.DictReader(complete)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--output", type=Path, required=True, help="CSV to write, as a whole")
+    args = parser.parse_args()
+    runs = {}
+    for run_dir in sorted(args.run_dirs):
+        if rows := read_run(run_dir):
+            key = tuple(rows[0][name] for name in ("algorithm", "env_id", "flags", "seed"))
+            if key in runs:
+                sys.exit(f"collect.py: error: {run_dir} repeats {key}: name only one of the two")
+            runs[key] = rows
+    rows = [row for key in sorted(runs) for row in runs[key]]
+    if not rows:
+        sys.exit("collect.py: error: nothing to write")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with args.output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"{len(runs)} runs, {len(rows)} rows in {args.output}")
+
+
+if __name__ == "__main__":
+    main()

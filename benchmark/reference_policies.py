@@ -1,0 +1,81 @@
+"""What a policy that learned nothing earns: uniformly random actions, and the zero action.
+
+Returns are measured by the training script's own environments and `evaluate`, so they stand on
+the same scale as its evaluations: every episode has its own seed, actions are those of the
+rescaled box [-1, 1] (zero is the middle of the original one), and return_std is the standard
+deviation over episodes.
+
+    python benchmark/reference_policies.py                      # all environments of the results
+    python benchmark/reference_policies.py --env-ids Ant-v5 --episodes 50 --output ant.csv
+"""
+
+import argparse
+import csv
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import fpmd_online as fpmd  # noqa: E402
+
+ENV_IDS = [
+    "Ant-v4",
+    "HalfCheetah-v4",
+    "Hopper-v4",
+    "Humanoid-v4",
+    "InvertedPendulum-v4",
+    "Swimmer-v4",
+    "Walker2d-v4",
+]
+
+
+def act(agent, obs: Tensor, args: fpmd.Args, rng: torch.Generator, mode: str) -> Tensor:
+    """Stands in for the script's act: actions (B, act_dim) of the policy called mode."""
+    shape = len(obs), agent.act_dim
+    return 2 * torch.rand(shape, generator=rng) - 1 if mode == "random" else torch.zeros(shape)
+
+
+def measure(env_id: str, episodes: int, seed: int) -> list[dict]:
+    """One row per policy for one environment."""
+    envs, args = fpmd.make_envs(env_id, episodes), fpmd.Args(seed=seed)
+    act_dim = envs.single_action_space.shape[0]
+    agent = SimpleNamespace(act_dim=act_dim, log_alpha=torch.zeros(()))  # it tells the device
+    rows = []
+    for policy in "random", "zero":
+        with patch.object(fpmd, "act", act):
+            result = fpmd.evaluate(agent, envs, args, policy, film=Path())
+        row = {"env_id": env_id, "policy": policy, "episodes": episodes}
+        row |= {key: f"{result[key]:.4f}" for key in ("return_mean", "return_std")}
+        rows.append(row | {key: metadata.version(key) for key in ("mujoco", "gymnasium")})
+        print(*rows[-1].values(), flush=True)
+    envs.close()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--env-ids", nargs="+", default=ENV_IDS, metavar="ID")
+    parser.add_argument("--episodes", type=int, default=20, help="per environment and policy")
+    parser.add_argument("--seed", type=int, default=1, help="of the episodes and random actions")
+    default = ROOT / "benchmark" / "results" / "reference_policies.csv"
+    parser.add_argument("--output", type=Path, default=default, help="CSV to write, as a whole")
+    args = parser.parse_args()
+    rows = [row for env_id in args.env_ids for row in measure(env_id, args.episodes, args.seed)]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with args.output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()

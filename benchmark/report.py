@@ -1,0 +1,366 @@
+"""Rebuild the tables and learning curves of README.md and docs/ from benchmark/results/*.csv.
+
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is a key of TABLES below.
+Every number comes from a CSV, so who edits a table by hand loses it here. Only the figures need
+matplotlib (benchmark/requirements.txt).
+
+    python benchmark/report.py             # rewrite the tables, then the figures
+    python benchmark/report.py --tables    # the tables only
+    python benchmark/report.py --check     # write nothing; exit 1 if a table is out of date
+"""
+
+import argparse
+import csv
+import math
+import re
+import statistics
+import sys
+import textwrap
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, FIGURES = ROOT / "benchmark" / "results", ROOT / "docs" / "figures"
+TABLE = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+# 97.5% quantiles of Student's t for 2, 3, ... 10 seeds
+STUDENT_T = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
+LAST = 5  # evaluations averaged at the end of a run
+
+
+# ---------------------------------------------------------------------------- reading, formatting
+
+
+def read(path: Path) -> list[dict]:
+    if not path.exists():
+        sys.exit(f"report.py: error: {path} is missing")
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def number(value: float) -> str:
+    """All digits before the point, one after it for small values: -0.3, 26.8, 1,001."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.1f}"
+
+
+def digits(value: float) -> str:
+    """Three significant digits without an exponent: 0.123, 1.23, 1,230."""
+    return f"{float(f'{value:.3g}'):,g}"
+
+
+def markdown(rows: list[dict]) -> str:
+    """A Markdown table with the rows' keys as its head; columns of numbers are aligned right."""
+    table = [[str(cell) for cell in row.values()] for row in rows]
+    numeric = [all(re.match(r"[-?\d]", c) for c in column) for column in zip(*table, strict=True)]
+    lines = [rows[0], ["--:" if right else ":--" for right in numeric], *table]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def joined(rows: list[dict], column: str) -> str:
+    return ", ".join(sorted({row[column] for row in rows}))
+
+
+def commits(rows: list[dict]) -> str:
+    """Short hashes; a trailing -dirty stays."""
+    short = {re.sub(r"^(\w{7})\w+", r"\1", row["commit"]) for row in rows}
+    return ", ".join(f"`{commit or 'unknown'}`" for commit in sorted(short))
+
+
+def hardware(rows: list[dict]) -> str:
+    threads = joined(rows, "threads")
+    return f"{joined(rows, 'device')}, {threads} thread{'s' * (threads != '1')}"
+
+
+def across_seeds(values: list[float]) -> str:
+    """The mean, with Student's 95% interval if there are several seeds."""
+    mean = number(statistics.fmean(values))
+    if len(values) == 1:
+        return mean
+    half = STUDENT_T[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean} ± {number(half)}"
+
+
+# ---------------------------------------------------------------------------- training runs
+
+
+def experiments(path: Path) -> dict:
+    """Runs that differ in nothing but the seed: {(algorithm, env_id, flags): {seed: rows}}."""
+    found = defaultdict(lambda: defaultdict(list))
+    for row in read(path):
+        found[row["algorithm"], row["env_id"], row["flags"]][row["seed"]].append(row)
+    return found
+
+
+def curve(rows: list[dict], mode: str) -> tuple[list[int], list[float]]:
+    """Steps and mean returns of one run's evaluations in one mode."""
+    rows = [row for row in rows if row["mode"] == mode]
+    return [int(r["global_step"]) for r in rows], [float(r["return_mean"]) for r in rows]
+
+
+def names(found: dict) -> dict:
+    """What to call each experiment: its environment, and flags that not all there share."""
+    flags = {key: re.split(r" (?=--)", key[-1]) for key in found}
+    result = {}
+    for key in found:
+        others = [set(flags[other]) for other in found if other[1] == key[1]]
+        own = [flag for flag in flags[key] if flag not in set.intersection(*others)]
+        own = [flag for flag in own if not flag.startswith(("--num-cand", "--flow-st", "--utd"))]
+        result[key] = key[1], " ".join(own)  # those three have a column
+    return result
+
+
+def last(rows: list[dict]) -> dict:
+    """The last row of the acting rule, the mode whose rows know N and T."""
+    return [row for row in rows if row["mode"] == "best_of_n"][-1]
+
+
+def references() -> dict:
+    """Mean return by (env_id, policy), for the policies random and zero."""
+    rows = read(RESULTS / "reference_policies.csv")
+    return {(row["env_id"], row["policy"]): float(row["return_mean"]) for row in rows}
+
+
+def results(path: Path) -> str:
+    table, flags, episodes, reference = [], [], set(), references()
+    found = experiments(path)
+    for key, seeds in found.items():
+        (env_id, own), flag = names(found)[key], key[-1]
+        name = env_id + f" `{own}`" * bool(own)
+        ends = [last(run) for run in seeds.values()]
+        end = min(ends, key=lambda row: int(row["global_step"]))
+        steps, planned = int(end["global_step"]), int(end["total_timesteps"])
+        row = {
+            "environment": name,
+            "N, T, UTD": f"{end['num_candidates']}, {end['nfe']}, {end['utd']}",
+            "steps": f"{steps:,}" if steps == planned else f"{steps:,} of {planned:,}",
+            "updates": f"{int(end['updates']):,}",
+            "seeds": len(seeds),
+            "hours": f"{statistics.fmean(float(e['wall_time']) for e in ends) / 3600:.1f}",
+        }
+        for mode, title in ("one_step", "one step"), ("best_of_n", "best of N"):
+            curves = [curve(run, mode)[1] for run in seeds.values()]
+            row[title] = across_seeds([statistics.fmean(returns[-LAST:]) for returns in curves])
+            row[f"{title}, best"] = across_seeds([max(returns) for returns in curves])
+        for policy, title in ("random", "random"), ("zero", "zero action"):
+            known = (env_id, policy) in reference
+            row[title] = number(reference[env_id, policy]) if known else "?"
+        table.append(row | {"hardware": hardware(ends), "commit": commits(ends)})
+        flags.append(f"{env_id} `--total-timesteps {planned}{' ' * bool(flag)}{flag}`")
+        episodes |= {len(row["returns"].split()) for run in seeds.values() for row in run}
+    several = any(row["seeds"] > 1 for row in table)
+    interval = ", ± Student's 95% interval over seeds" if several else ""
+    note = (
+        f"Returns are the mean of the last {LAST} evaluations of "
+        f"{' or '.join(map(str, sorted(episodes)))} episodes{interval}; *best* is the best "
+        f"evaluation so far. Flags beyond the defaults: {'; '.join(flags)}."
+    )
+    return markdown(table) + "\n\n" + note
+
+
+def reference_policies(path: Path) -> str:
+    table = {}
+    for row in read(path):
+        entry = table.setdefault(row["env_id"], {"environment": row["env_id"]})
+        name = {"random": "random", "zero": "zero action"}[row["policy"]]
+        spread = number(float(row["return_std"]))
+        entry[name] = f"{number(float(row['return_mean']))} ± {spread}"
+    versions = f"mujoco {joined(read(path), 'mujoco')}, gymnasium {joined(read(path), 'gymnasium')}"
+    note = f"Mean ± standard deviation over {joined(read(path), 'episodes')} episodes; {versions}."
+    return markdown(list(table.values())) + "\n\n" + note
+
+
+def published(path: Path) -> str:
+    table = []
+    for row in read(path):
+        spread = f" ± {number(float(row['return_std']))}" if row["return_std"] else ""
+        entry = {"method": row["method"], "environment": row["env"]}
+        entry |= {"return": number(float(row["return_mean"])) + spread}
+        entry |= {"statistic": row["statistic"], "steps": f"{int(row['env_steps']):,}"}
+        entry |= {"seeds": row["seeds"] or "?", "NFE": row["nfe"] or "-"}
+        table.append(entry | {"source": row["source"], "trust": row["trust"]})
+    return markdown(table)
+
+
+# ---------------------------------------------------------------------------- cost of an update
+
+PARTS = {  # measurement in update_cost.py: what the table calls it
+    "update": "**whole update**",
+    "generation": "generating the candidates",
+    "ranking": "ranking them by two critics",
+    "learning": "losses, gradients, optimizers, slow copies",
+}
+VARIANTS = {
+    "generation, nn.Mish": "generating with torch's own Mish",
+    "generation, ReLU": "generating with ReLU (not the method; shows the floor)",
+    "generation, state part once": "generating, first layer's state part once per state",
+    "state part alone": "that state part alone, per candidate and Euler step",
+}
+
+
+def update_cost(path: Path) -> str:
+    rows = read(path)
+    product = next(row for row in rows if row["measurement"].startswith("matmul"))
+    columns, table = defaultdict(dict), defaultdict(dict)
+    for row in rows:
+        if row is not product:
+            columns[row["num_candidates"], row["flow_steps"], row["mode"]][row["measurement"]] = row
+    several = len({mode for _, _, mode in columns}) > 1
+    peak = float(product["gflop_per_s"])
+    for (n, t, mode), column in columns.items():
+        name = f"{n}, {t}" + f", {mode}" * several
+        ms = {key: float(row["milliseconds"]) for key, row in column.items()}
+        for key, label in PARTS.items():
+            table[label][name] = f"{digits(ms[key])} ms ({ms[key] / ms['update']:.0%})"
+        for key, label in VARIANTS.items():
+            ratio = ms[key] / ms["generation"]
+            table[label][name] = f"{digits(ms[key])} ms ({ratio:.2f} x)"
+        table["one-step action for one state"][name] = f"{digits(ms['one-step action'])} ms"
+        update, count = column["update"], int(column["update"]["multiply_adds"])
+        table["multiply-adds of an update"][name] = f"{count / 1e9:.2f} G"
+        rate = float(update["gflop_per_s"])
+        table["rate of the update"][name] = f"{digits(rate)} GFLOP/s ({rate / peak:.0%})"
+    note = (
+        f"Medians of {joined(rows, 'repetitions')} interleaved repetitions. In brackets: the share "
+        "of the whole update; for other ways to generate, the ratio to generating; for the rate, "
+        f"the share of the {digits(peak)} GFLOP/s that a plain 8192 x 256 x 256 matrix product "
+        f"reached in the same run. Batch {joined(rows, 'batch_size')}, float32, {hardware(rows)}, "
+        f"torch {joined(rows, 'torch')}, commit {commits(rows)}."
+    )
+    return markdown([{"N, T": label} | row for label, row in table.items()]) + "\n\n" + note
+
+
+# ---------------------------------------------------------------------------- figures
+
+
+def spread_out(heights: list[float], gap: float) -> list[float]:
+    """Heights for labels: near the given ones, in their order, at least gap apart."""
+    order, placed = sorted(range(len(heights)), key=heights.__getitem__), list(heights)
+    for _ in range(100):  # neighbours push each other away
+        for below, above in pairwise(order):
+            push = max(0, gap - (placed[above] - placed[below])) / 2
+            placed[below], placed[above] = placed[below] - push, placed[above] + push
+    return placed
+
+
+def thousands(steps: float, _) -> str:
+    return f"{steps / 1e6:g}M" if steps >= 1e6 else f"{steps / 1e3:g}k" if steps else "0"
+
+
+def draw_learning_curves(path: Path, output: Path) -> None:
+    """A panel per experiment: both evaluation modes against environment steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from PIL import Image  # matplotlib needs it too
+
+    found, reference = experiments(path), references()
+    columns = min(len(found), 2)
+    rows = math.ceil(len(found) / columns)
+    plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False, layout="constrained"
+    )
+    for panel in panels.flat[len(found) :]:
+        panel.remove()
+    for panel, (key, seeds) in zip(panels.flat, found.items(), strict=False):
+        env_id, own = names(found)[key]
+        labels = []  # (height, text, colour), beside the right end
+        for mode, colour in ("best_of_n", "#D55E00"), ("one_step", "#0072B2"):
+            curves = [curve(run, mode) for run in seeds.values()]
+            length = min(len(returns) for _, returns in curves)
+            steps, values = curves[0][0][:length], [returns[:length] for _, returns in curves]
+            mean = [statistics.fmean(at) for at in zip(*values, strict=True)]
+            for returns in values if len(seeds) > 1 else []:
+                panel.plot(steps, returns, color=colour, lw=0.6, alpha=0.4)
+            panel.plot(steps, mean, color=colour, lw=1.6, marker="o", ms=2.5, clip_on=False)
+            labels.append((mean[-1], mode, colour))
+        for policy in "zero", "random":
+            if (env_id, policy) in reference:
+                height = reference[env_id, policy]
+                panel.plot((0, steps[-1]), (height, height), color="0.35", ls=":", lw=1.4, zorder=1)
+                labels.append((height, policy, "0.35"))
+        end = last(next(iter(seeds.values())))
+        texts = {"one_step": "one step", "best_of_n": f"best of {end['num_candidates']}"}
+        texts |= {"zero": "zero action", "random": "random"}
+        low, high = panel.get_ylim()
+        heights = spread_out([height for height, _, _ in labels], 0.065 * (high - low))
+        for height, (_, name, colour) in zip(heights, labels, strict=True):
+            place = {"xycoords": ("axes fraction", "data"), "va": "center"}
+            panel.annotate(texts[name], (1.02, height), color=colour, **place)
+        panel.set_ylim(low, high)
+        panel.set_xlim(0, steps[-1])
+        panel.xaxis.set_major_locator(plt.MaxNLocator(4))
+        panel.xaxis.set_major_formatter(thousands)
+        panel.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
+        panel.grid(axis="y", color="0.92")
+        panel.set_axisbelow(True)
+        count = f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
+        setting = f"N = {end['num_candidates']}, T = {end['nfe']}, {count}"
+        title = "\n".join([f"{env_id}  ({setting})", *textwrap.wrap(own, 45)])
+        panel.set_title(title, fontsize=9, loc="left")
+        panel.set_xlabel("environment steps")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("evaluation return")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=200)
+    Image.open(output).convert("RGB").quantize(64).save(output, optimize=True)  # a third the size
+    print(f"drew {output.relative_to(ROOT)}")
+
+
+# ---------------------------------------------------------------------------- main
+
+TABLES = {  # name in the markers: (what writes it, from which CSV)
+    "results-cpu": (results, "fpmd_online_cpu.csv"),
+    "reference-policies": (reference_policies, "reference_policies.csv"),
+    "published": (published, "published_results.csv"),
+    "update-cost": (update_cost, "update_cost_cpu.csv"),
+}
+CURVES = {"fpmd_online_cpu.png": "fpmd_online_cpu.csv"}
+
+
+def rebuild(path: Path) -> tuple[str, list[str]]:
+    """The document's text with all its tables new, and the names of those that changed."""
+    text, changed = path.read_text(), []
+
+    def table(match: re.Match) -> str:
+        begin, name, end = match.groups()
+        if name not in TABLES:
+            sys.exit(f"report.py: error: {path.name} asks for {name}; known: {', '.join(TABLES)}")
+        build, source = TABLES[name]
+        new = f"{begin}\n{build(RESULTS / source)}\n\n{end}"
+        if new != match[0]:
+            changed.append(name)
+        return new
+
+    new = TABLE.sub(table, text)
+    if text.count("<!-- table:") != len(TABLE.findall(text)):
+        sys.exit(f"report.py: error: a table of {path.name} has no <!-- /table --> of its own")
+    return new, changed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tables", action="store_true", help="leave the figures as they are")
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 on a change")
+    args = parser.parse_args()
+    stale = False
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text, changed = rebuild(path) if path.exists() else ("", [])
+        for name in changed:
+            news = "is out of date" if args.check else "rewritten"
+            print(f"{path.relative_to(ROOT)}: {name} {news}")
+        stale |= bool(changed)
+        if changed and not args.check:
+            path.write_text(text)
+    if args.check:
+        sys.exit(int(stale))
+    for figure, source in CURVES.items():
+        if not args.tables and (RESULTS / source).exists():
+            draw_learning_curves(RESULTS / source, FIGURES / figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Learning gate: a short run on a real task that must succeed. Slow, but part of the suite."""
+
+import csv
+
+import pytest
+
+
+@pytest.mark.slow
+def test_inverted_pendulum_is_solved(run):
+    """The one-step policy balances for the whole 1,000 steps, in every episode, after 5,000 steps.
+
+    Faster slow copies, learning rates and alpha than published, to fit into a minute or two.
+    """
+    run_dir = run(
+        env_id="InvertedPendulum-v4",
+        total_timesteps=6000,
+        learning_starts=500,
+        num_envs=5,
+        batch_size=256,
+        utd=1.0,
+        num_candidates=8,
+        flow_steps=4,
+        hidden_dim=64,
+        critic_lr=1e-3,
+        policy_lr=(1e-3, 1e-3),
+        tau=0.02,
+        policy_delay=1,
+        alpha_interval=10,
+        eval_every=1000,
+    )
+    rows = list(csv.DictReader((run_dir / "evaluations.csv").open()))
+    one_step = [float(row["return_mean"]) for row in rows if row["mode"] == "one_step"]
+    assert one_step[0] < 500, "solved before it learnt: the task is too easy to be a gate"
+    assert max(one_step[-2:]) >= 950

@@ -1,0 +1,185 @@
+"""Evidence: tables rebuilt from CSV alone, and training runs gathered in one CSV."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "gymnasium": "1.4.0", "mujoco": "3.17.0"}
+VERSIONS |= {"numpy": "2.4.6", "commit": "0123456789abcdef", "device": "a CPU", "threads": 2}
+HEAD = "global_step,updates,wall_time,mode,nfe,num_candidates,return_mean,return_std,success_rate,"
+
+
+def program(root, name, *arguments):
+    command = [sys.executable, str(root / "benchmark" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The committed CSVs and the programs that handle them, free to be changed."""
+    root = tmp_path / "copy"
+    shutil.copytree(ROOT / "benchmark", root / "benchmark")
+    shutil.copy(ROOT / "fpmd_online.py", root)
+    (root / "docs").mkdir()
+    return root
+
+
+def write_run(root, env_id, seed, one_step, best_of_n, **changed):
+    """A run directory with an evaluation every 1000 steps."""
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    try:
+        from collect import defaults
+    finally:
+        sys.path.pop(0)
+    run_dir = root / f"{env_id}__fpmd_online__{seed}__now"
+    run_dir.mkdir(parents=True)
+    args = defaults(ROOT / "fpmd_online.py") | {
+        "env_id": env_id,
+        "seed": seed,
+        "exp_name": "fpmd_online",
+    }
+    args |= {"total_timesteps": 1000 * len(one_step), "eval_every": 1000} | changed
+    (run_dir / "args.json").write_text(json.dumps(args))
+    (run_dir / "versions.json").write_text(json.dumps(VERSIONS))
+    text = HEAD + "returns\n"
+    for i, (single, best) in enumerate(zip(one_step, best_of_n, strict=True), 1):
+        for mode, nfe, n, value in ("one_step", 1, 1, single), ("best_of_n", 4, 8, best):
+            text += f"{1000 * i},{200 * i},{1800.0 * i},{mode},{nfe},{n},{value},1.0,,"
+            text += f"{value - 1:.4f} {value + 1:.4f}\n"
+    (run_dir / "evaluations.csv").write_text(text)
+    return run_dir
+
+
+# ---------------------------------------------------------------------------- report.py
+
+
+def test_every_table_in_the_documents_follows_from_its_csv():
+    documents = [path for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")] if path.exists()]
+    if not any("<!-- table:" in path.read_text() for path in documents):
+        pytest.skip("no document has a table yet")
+    result = program(ROOT, "report.py", "--check")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("name, source", [
+    ("reference-policies", "reference_policies.csv"),
+    ("published", "published_results.csv"),
+])  # fmt: skip
+def test_a_changed_number_is_noticed_and_rewritten(copy, name, source):
+    page, results = copy / "docs" / "page.md", copy / "benchmark" / "results" / source
+    page.write_text(f"before\n<!-- table:{name} -->\n<!-- /table -->\nafter\n")
+    assert program(copy, "report.py", "--check").returncode == 1
+    assert program(copy, "report.py", "--tables").returncode == 0
+    assert page.read_text().startswith("before\n") and page.read_text().endswith("\nafter\n")
+    assert program(copy, "report.py", "--check").returncode == 0
+    write(results, [read(results)[0] | {"return_mean": "123456"}, *read(results)[1:]])
+    result = program(copy, "report.py", "--check")
+    assert result.returncode == 1 and f"page.md: {name}" in result.stdout
+    assert "123,456" not in page.read_text()  # --check writes nothing
+    program(copy, "report.py", "--tables")
+    assert "123,456" in page.read_text()
+
+
+def test_unknown_and_unclosed_tables_are_refused(copy):
+    page = copy / "docs" / "page.md"
+    page.write_text("<!-- table:nonsense -->\n<!-- /table -->\n")
+    assert "nonsense" in program(copy, "report.py", "--tables").stderr
+    page.write_text("<!-- table:published -->\nno end\n")
+    assert "no <!-- /table -->" in program(copy, "report.py", "--tables").stderr
+
+
+def test_results_table_says_what_the_runs_did(copy):
+    """Last five evaluations, best so far, and Student's t over two seeds: 12.706 sd / sqrt 2."""
+    runs = copy / "runs"
+    write_run(runs, "Ant-v4", 1, [900, *[100] * 5], [2000, *[1000] * 5], num_candidates=8)
+    write_run(runs, "Ant-v4", 2, [700, *[200] * 5], [2000, *[1000] * 5], num_candidates=8)
+    write_run(runs, "Other-v0", 1, [10], [20], total_timesteps=5000)
+    output = copy / "benchmark" / "results" / "fpmd_online_cpu.csv"
+    program(copy, "collect.py", *runs.iterdir(), "--output", output)
+    known = {"env_id": "Ant-v4", "episodes": 2, "return_std": 1, "mujoco": 3, "gymnasium": 1}
+    rows = [known | {"policy": "random", "return_mean": "-29.26"}]
+    rows.append(known | {"policy": "zero", "return_mean": "1000.8"})
+    write(copy / "benchmark" / "results" / "reference_policies.csv", rows)
+    (copy / "docs" / "page.md").write_text("<!-- table:results-cpu -->\n<!-- /table -->\n")
+    result = program(copy, "report.py", "--tables")
+    assert result.returncode == 0, result.stderr
+    lines = (copy / "docs" / "page.md").read_text().splitlines()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
+    head, _, ant, other = table
+    ant, other = dict(zip(head, ant, strict=True)), dict(zip(head, other, strict=True))
+    assert ant["N, T, UTD"] == "8, 4, 0.2" and ant["seeds"] == "2" and ant["hours"] == "3.0"
+    assert ant["one step"] == "150 ± 635" and ant["one step, best"] == "800 ± 1,271"
+    assert ant["best of N"] == "1,000 ± 0.0" and ant["best of N, best"] == "2,000 ± 0.0"
+    assert ant["random"] == "-29.3" and ant["zero action"] == "1,001"
+    assert ant["hardware"] == "a CPU, 2 threads" and ant["commit"] == "`0123456`"
+    assert other["one step"] == "10.0" and other["seeds"] == "1"  # one seed: no interval
+    assert other["steps"] == "1,000 of 5,000" and other["random"] == "?"
+    assert "Ant-v4 `--total-timesteps 6000 --num-candidates 8`" in "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------- collect.py
+
+
+def test_runs_become_tidy_rows(tmp_path):
+    changed = {"num_candidates": 8, "compile": True, "policy_lr": [1e-4, 1e-5], "device": "cpu"}
+    changed["exp_name"] = "fpmd_online_variant"  # still a run of fpmd_online.py
+    first = write_run(tmp_path, "Walker2d-v4", 2, [1, 2], [3, 4], **changed)
+    second = write_run(tmp_path, "Ant-v4", 10, [5], [6], runs_dir="elsewhere", torch_threads=2)
+    unfinished = write_run(tmp_path, "Ant-v4", 9, [7], [8])
+    with (unfinished / "evaluations.csv").open("a") as file:
+        file.write("2000,400,36")  # a row being written
+    empty = tmp_path / "new run"
+    empty.mkdir()
+    a, b = tmp_path / "a.csv", tmp_path / "b.csv"
+    result = program(ROOT, "collect.py", first, second, unfinished, empty, "--output", a)
+    assert result.returncode == 0 and "new run" in result.stderr
+    program(ROOT, "collect.py", empty, unfinished, second, first, "--output", b)
+    assert a.read_bytes() == b.read_bytes()
+
+    rows = read(a)
+    keys = [(r["env_id"], r["seed"], r["global_step"], r["mode"]) for r in rows]
+    assert keys == [
+        ("Ant-v4", "9", "1000", "one_step"),
+        ("Ant-v4", "9", "1000", "best_of_n"),
+        ("Ant-v4", "10", "1000", "one_step"),
+        ("Ant-v4", "10", "1000", "best_of_n"),
+        ("Walker2d-v4", "2", "1000", "one_step"),
+        ("Walker2d-v4", "2", "1000", "best_of_n"),
+        ("Walker2d-v4", "2", "2000", "one_step"),
+        ("Walker2d-v4", "2", "2000", "best_of_n"),
+    ]
+    assert {row["flags"] for row in rows[:4]} == {""}
+    assert rows[4]["flags"] == "--num-candidates 8 --policy-lr 0.0001 1e-05 --compile"
+    assert rows[7] == {
+        "algorithm": "fpmd_online", "env_id": "Walker2d-v4", "seed": "2",
+        "global_step": "2000", "updates": "400", "wall_time": "3600.0",
+        "mode": "best_of_n", "nfe": "4", "num_candidates": "8",
+        "return_mean": "4", "return_std": "1.0", "success_rate": "", "returns": "3.0000 5.0000",
+        "flags": rows[4]["flags"], "utd": "0.2", "total_timesteps": "2000",
+        "python": "3.11.7", "torch": "2.13.0", "gymnasium": "1.4.0", "mujoco": "3.17.0",
+        "device": "a CPU", "threads": "2", "commit": "0123456789abcdef",
+    }  # fmt: skip
+
+
+def test_the_same_experiment_twice_is_refused(tmp_path):
+    runs = [write_run(tmp_path / name, "Ant-v4", 1, [1], [2]) for name in ("first", "second")]
+    result = program(ROOT, "collect.py", *runs, "--output", tmp_path / "out.csv")
+    assert result.returncode == 1 and "repeats" in result.stderr
