@@ -13,7 +13,7 @@ def test_inverted_pendulum_is_solved(run):
     """
     run_dir = run(
         env_id="InvertedPendulum-v4",
-        total_timesteps=6000,
+        total_timesteps=5000,
         learning_starts=500,
         num_envs=5,
         batch_size=256,
@@ -26,9 +26,10 @@ def test_inverted_pendulum_is_solved(run):
         tau=0.02,
         policy_delay=1,
         alpha_interval=10,
-        eval_every=1000,
+        eval_every=2500,
+        eval_episodes=5,
     )
     rows = list(csv.DictReader((run_dir / "evaluations.csv").open()))
     one_step = [float(row["return_mean"]) for row in rows if row["mode"] == "one_step"]
     assert one_step[0] < 500, "solved before it learnt: the task is too easy to be a gate"
-    assert max(one_step[-2:]) >= 950
+    assert one_step[-1] >= 950

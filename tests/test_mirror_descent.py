@@ -295,7 +295,7 @@ def bimodal(bonus=0.0):
 
 def test_one_step_keeps_two_equal_optima():
     """A flow fitted to the weighted targets has both modes and nothing between; a Gaussian fitted
-    to the same moments puts a quarter of its mass there."""
+    to the same moments puts two fifths of its mass there."""
     options = {"weight_mode": "temperature", "temperature": 0.02 / SIGMA}
     actions, w = improvement_targets(OldPolicy(0.35), bimodal(), 50_000, **options)
     torch.manual_seed(0)
@@ -318,7 +318,7 @@ def test_one_step_keeps_two_equal_optima():
         for centre in (-0.5, 0.5, 0)
     )
     assert left[0] > 0.4 and right[0] > 0.4
-    assert between[0] < 0.1 and between[1] > 0.25
+    assert between[0] < 0.1 and between[1] > 0.3
 
 
 def iterate(critic, rounds, **options):
