@@ -178,12 +178,11 @@ class Agent(nn.Module):
 
 
 # ---------------------------------------------------------------------------- acting
-def generate(policy: nn.Module, obs: Tensor, noise: Tensor, flow_steps: int) -> Tensor:
+def generate(policy: nn.Module, obs: Tensor, z: Tensor, flow_steps: int) -> Tensor:
     """Euler's method for dz/dt = v(s, z, t) from noise at t = 0 to an action at t = 1.
 
-    obs (B, obs_dim), noise z_0 (..., B, act_dim) -> unclipped actions like noise.
+    obs (B, obs_dim), noise z = z_0 (..., B, act_dim) -> unclipped actions z_T like it.
     """
-    z = noise
     for k in range(flow_steps):
         t = torch.full((1,), k / flow_steps, device=z.device)
         z = z + policy(obs, z, t) / flow_steps
@@ -228,12 +227,11 @@ def importance_weights(q: Tensor, q_stats: Tensor, alpha: Tensor, args: Args) ->
     temperature: exp(q / (sigma lambda)), from max_pi E[Q] - lambda KL(pi || pi_old); clip_alpha:
     exp(clip(q - m / sigma, -3, 3) / alpha), as the authors released it; else 1.
     """
-    mean, std, _ = q_stats
     if args.weight_mode == "temperature":
-        w = ((q - q.max()) / (std * (args.temperature or 3.0))).exp()  # no overflow: q <= q.max()
+        w = ((q - q.max()) / (q_stats[1] * (args.temperature or 3.0))).exp()  # never overflows
         return w / w.mean()
     if args.weight_mode == "clip_alpha":  # dividing m alone by sigma is the release's quirk
-        return ((q - mean / std).clamp(-3, 3) / alpha).exp()
+        return ((q - q_stats[0] / q_stats[1]).clamp(-3, 3) / alpha).exp()
     return torch.ones_like(q)
 
 
@@ -431,13 +429,13 @@ class ReplayBuffer:
         return {key: value[index] for key, value in self.data.items()}
 
 
-def evaluate(agent: Agent, envs, args: Args, mode: str, film: Path) -> dict:
+def evaluate(agent: Agent, envs, args: Args, mode: str, film: Path, stop=()) -> dict:
     """One episode per env, side by side: a row for evaluations.csv; films one_step's first env."""
     rng = Generator(agent.log_alpha.device).manual_seed(args.seed)  # all evaluations start alike
     obs, _ = envs.reset(seed=[2 * args.seed + 1] * envs.num_envs)  # training has the even seeds
     running, frames = np.full(envs.num_envs, True), []
     returns, successes = np.zeros(envs.num_envs), np.full(envs.num_envs, np.nan)
-    while running.any():
+    while running.any() and not stop:
         if args.capture_video and mode == "one_step" and running[0]:
             frames.append(envs.envs[0].render())
         actions = act(agent, torch.as_tensor(obs, device=rng.device), args, rng, mode)
@@ -527,8 +525,7 @@ def load(path: str, name: str) -> tuple[Path, dict]:
     keys = {"args", "global_step", "episodes" if name == "checkpoint.pt" else "policy"}
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-        if not (keys <= set(content) and set(content["args"]) == {f.name for f in fields(Args)}):
-            raise ValueError
+        assert keys <= set(content) and set(content["args"]) == {f.name for f in fields(Args)}
     except Exception:  # torch raises many kinds for a damaged file
         fail(f"{file} is missing, damaged or no {name} of this version of {Path(__file__).name}")
     return file, content
@@ -635,18 +632,17 @@ def main(args: Args) -> Path | None:
     for network in (agent.policy, agent.critic, agent.target_critic) if args.compile else ():
         network.compile(dynamic=False)
 
-    stop, start = [], time.perf_counter() - start
+    stop, stopping, start = [], False, time.perf_counter() - start
     for signum in signal.SIGINT, signal.SIGTERM:  # one finishes the step and saves, two kill
         signal.signal(signum, lambda s, _: sys.exit(128 + s) if stop else stop.append(s))
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=None)
-    while global_step + args.num_envs <= args.total_timesteps and not stop:
+    while global_step + args.num_envs <= args.total_timesteps and not stopping:
         # act: uniformly at random at first, then the slow policy with exploration noise
         if global_step < args.learning_starts:
             actions = 2 * torch.rand((args.num_envs, act_dim), generator=rng, device=device) - 1
         else:
             actions = act(agent, torch.as_tensor(obs, device=device), args, rng, "explore")
-        actions = actions.cpu().numpy()
-        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions.cpu().numpy())
         global_step += args.num_envs
 
         # store: where an episode ended, next_obs already belongs to the one after it
@@ -670,8 +666,9 @@ def main(args: Args) -> Path | None:
         row = {"global_step": global_step, "updates": agent.updates, "wall_time": wall_time}
         bar.update(args.num_envs)
         logging = last or global_step % args.log_every < args.num_envs
+        evaluating = args.eval_every and (last or global_step % args.eval_every < args.num_envs)
         saving = last or stop or global_step % (args.checkpoint_every or math.inf) < args.num_envs
-        if logging or saving:  # a diverged run must not overwrite its last good checkpoint
+        if logging or evaluating or saving:  # a diverged run must not replace its last checkpoint
             metrics = {key: float(value) for key, value in metrics.items()}
             for key, value in (metrics | agent.state_dict()).items():
                 if key[:6] != "charts" and not torch.as_tensor(value).isfinite().all():
@@ -680,17 +677,20 @@ def main(args: Args) -> Path | None:
             metrics["charts/SPS"] = round(global_step / wall_time, 1)
             logger.row("metrics", row | metrics, metrics)
             bar.set_postfix(episodic_return=metrics[charts[0]])
-        evaluating = args.eval_every and (last or global_step % args.eval_every < args.num_envs)
         for mode in ("one_step", "best_of_n") if evaluating else ():
-            result = evaluate(agent, eval_envs, args, mode, run_dir / f"videos/step-{global_step}")
+            film = run_dir / f"videos/step-{global_step}"
+            result = evaluate(agent, eval_envs, args, mode, film, stop)
+            if stop:  # a signal does not wait for the evaluation, which is given up
+                break
             plotted = {f"eval_{mode}/{key}": result[key] for key in ("return_mean", "return_std")}
             logger.row("evaluations", row | result, plotted)
             tqdm.write("step {global_step:,}: {mode} {return_mean:.1f}".format(**row, **result))
-        if saving:
+        stopping = bool(stop)  # decided once: a signal from here on waits for the next step
+        if saving or stopping:
             save_run(run_dir, args, agent, buffer, envs, rng, row | {"metrics": metrics})
     for resource in bar, logger.writer, envs, eval_envs:
         resource.close()
-    if stop:
+    if stopping:
         print(f"stopped; go on with --resume {run_dir}", file=sys.stderr)
         raise SystemExit(128 + stop[0])
     return run_dir

@@ -96,6 +96,27 @@ def test_a_signal_saves_and_the_run_goes_on(script, run, tmp_path, signum):
     assert differences(load(straight), load(run_dir)) == []
 
 
+def test_a_signal_during_an_evaluation_saves_at_once(script, run, monkeypatch, tmp_path):
+    """The evaluation is given up, the step is saved, and training goes on as if not stopped."""
+    straight = run(env_id="Hopper-v4", total_timesteps=300)
+    act = script.act
+
+    def interrupted(agent, obs, args, rng, mode):
+        if mode == "best_of_n":
+            signal.raise_signal(signal.SIGTERM)
+        return act(agent, obs, args, rng, mode)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(script, "act", interrupted)
+        run(env_id="Hopper-v4", eval_every=200, eval_episodes=2, seed=1)
+    (run_dir,) = set(tmp_path.glob("runs/*")) - {tmp_path / straight}
+    assert stopped.value.code == 128 + signal.SIGTERM and load(run_dir)["global_step"] == 200
+    assert [row[2] for row in rows(run_dir, "evaluations")] == ["mode", "one_step"]
+    args = script.Args(**load(run_dir)["args"])
+    script.main(replace(args, resume=str(run_dir), total_timesteps=300))
+    assert differences(load(straight)["agent"], load(run_dir)["agent"]) == []
+
+
 @pytest.mark.parametrize("log_every", [120, 1000])
 def test_divergence_stops_before_the_next_checkpoint(script, run, monkeypatch, tmp_path, log_every):
     """One line names the bad quantity and the step; the file from before stays."""
