@@ -225,7 +225,7 @@ def importance_weights(q: Tensor, q_stats: Tensor, alpha: Tensor, args: Args) ->
     """Mirror-descent weights w of the regression targets, from q = Q(s', a*): (B,) -> (B,).
 
     temperature: exp(q / (sigma lambda)), from max_pi E[Q] - lambda KL(pi || pi_old); clip_alpha:
-    exp(clip(q - m / sigma, -3, 3) / alpha), as the authors released it; else 1.
+    exp(clip(q - m / sigma, -3, 3) / alpha), as the authors released it; else 1. q_stats: m, sigma.
     """
     if args.weight_mode == "temperature":
         w = ((q - q.max()) / (q_stats[1] * (args.temperature or 3.0))).exp()  # never overflows
@@ -377,6 +377,8 @@ def make_env(env_id: str, index: int = 0, film: bool = False) -> gym.Env:
     except (gym.error.Error, ImportError) as error:
         near = ", ".join(difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4))
         fail(f"cannot make {env_id!r} (mujoco {mujoco}): {error} Registered ids near it: {near}")
+    if film and hasattr(env.unwrapped, "mujoco_renderer") and env.unwrapped.model.ncam:
+        env.unwrapped.mujoco_renderer.camera_id = 0  # follow: the default one stays where it is
     space, actions, Box = env.observation_space, env.action_space, gym.spaces.Box
     leaves = space.values() if isinstance(space, gym.spaces.Dict) else [space]
     if not (isinstance(actions, Box) and actions.is_bounded() and actions.shape[1:] == ()):
@@ -493,12 +495,11 @@ class RunLogger:
         return run_dir
 
     def row(self, name: str, values: dict, plotted: dict) -> None:
-        """Append to <name>.csv, with the first row's keys as columns; TensorBoard gets plotted."""
+        """Append to <name>.csv, columns from the first row, NaN empty; TensorBoard gets plotted."""
         with (self.run_dir / f"{name}.csv").open("a") as file:
             if file.tell() == 0:
                 file.write(",".join(values) + "\n")
-            cells = ["" if value != value else str(value) for value in values.values()]  # no NaN
-            file.write(",".join(cells) + "\n")
+            file.write(",".join("" if v != v else str(v) for v in values.values()) + "\n")
         for key, value in plotted.items():
             self.writer.add_scalar(key, value, values["global_step"])
 
@@ -678,8 +679,7 @@ def main(args: Args) -> Path | None:
             logger.row("metrics", row | metrics, metrics)
             bar.set_postfix(episodic_return=metrics[charts[0]])
         for mode in ("one_step", "best_of_n") if evaluating else ():
-            film = run_dir / f"videos/step-{global_step}"
-            result = evaluate(agent, eval_envs, args, mode, film, stop)
+            result = evaluate(agent, eval_envs, args, mode, run_dir / f"videos/{global_step}", stop)
             if stop:  # a signal does not wait for the evaluation, which is given up
                 break
             plotted = {f"eval_{mode}/{key}": result[key] for key in ("return_mean", "return_std")}

@@ -56,7 +56,7 @@ def test_every_argument_is_used_and_explained(script):
         assert re.search(rf"\bargs\.{field.name}\b", body), f"{field.name} is never used"
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", list(commands()))
 def test_documented_commands_work(command, tmp_path, monkeypatch):
     """They parse as written; training runs at a small size, replays find the run just made."""
     script = __import__(command[1].removesuffix(".py"))
@@ -240,6 +240,14 @@ def test_replay_on_another_env_is_refused(script, run, capsys):
 def test_environments_train_with_the_same_command(script, run, env_id):
     run_dir = run(env_id=env_id, total_timesteps=150)
     assert load(run_dir)["global_step"] == 150
+
+
+@pytest.mark.parametrize(
+    ("env_id", "camera"), [("Ant-v4", 0), ("HalfCheetah-v5", 0), ("InvertedPendulum-v4", -1)]
+)
+def test_the_camera_follows(script, env_id, camera):
+    """Gymnasium's default camera lets an Ant walk out of the picture."""
+    assert script.make_env(env_id, film=True).unwrapped.mujoco_renderer.camera_id == camera
 
 
 @pytest.mark.parametrize("backend", ["egl", "osmesa"])
