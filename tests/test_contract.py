@@ -61,7 +61,6 @@ def test_documented_commands_work(command, tmp_path, monkeypatch):
     """They parse as written; training runs at a small size, replays find the run just made."""
     script = __import__(command[1].removesuffix(".py"))
     monkeypatch.chdir(tmp_path)
-    small = [*FLAGS, "--no-compile"]
     if "--resume" in command or "--evaluate" in command:
         run_dir = script.main(script.Args(**(SMALL | {"env_id": "Hopper-v4"})))
         for flag, name in ("--resume", ""), ("--evaluate", "policy.pt"):
@@ -71,6 +70,7 @@ def test_documented_commands_work(command, tmp_path, monkeypatch):
         small += ["--no-capture-video"]
     else:
         script.parse_args(command[2:])
+        small = [*FLAGS, "--no-compile"]
     script.main(script.parse_args([*command[2:], *small]))
 
 
