@@ -51,7 +51,7 @@ class Args:
     seed: int = 1  # seeds networks, noise, replay sampling, warm-up actions and every episode
     total_timesteps: int = 1_000_000  # environment steps over all envs, warm-up included
     num_envs: int = 5  # parallel training environments
-    exp_name: str = "fpmd_online"  # second part of the run directory's name
+    exp_name: str = Path(__file__).stem  # second part of the run directory's name
     runs_dir: str = "runs"  # where run directories are created
     log_every: int = 1_000  # environment steps between rows of metrics.csv
     eval_every: int = 25_000  # environment steps between evaluations, 0: never
@@ -77,6 +77,7 @@ class Args:
     temperature: float | None = None  # lambda; unset: 3 (temperature), 0.5 (particles)
     reward_scale: float = 0.2  # rewards are multiplied by this
     critic_lr: float = 3e-4  # Adam step size of the critics
+    critic_layer_norm: bool = False  # LayerNorm before every activation of the critics
     critic_steps: int = 2  # Adam steps on each critic gradient; 2 is the authors' code, 1 is clean
     policy_lr: tuple[float, float] = (3e-4, 3e-5)  # Adam step size of the policy, first and last
     policy_lr_decay: tuple[int, int] = (25_000, 75_000)  # linear between these policy updates
@@ -111,14 +112,15 @@ class Mish(nn.Module):
         return x * n / (n + 2)
 
 
-def mlp(*sizes: int) -> nn.Sequential:
+def mlp(*sizes: int, layer_norm: bool = False) -> nn.Sequential:
     """Linear layers with Mish between; weights N(0, 1 / fan_in) cut at two std, as in haiku."""
-    layers = [nn.Linear(fan_in, fan_out) for fan_in, fan_out in pairwise(sizes)]
-    for layer in layers:
-        std = layer.in_features**-0.5
-        nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(*[module for layer in layers for module in (layer, Mish())][:-1])
+    modules = []
+    for fan_in, fan_out in pairwise(sizes):
+        linear, std = nn.Linear(fan_in, fan_out), fan_in**-0.5
+        nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
+        nn.init.zeros_(linear.bias)
+        modules += [linear, *[nn.LayerNorm(fan_out)] * layer_norm, Mish()]
+    return nn.Sequential(*modules[: -1 - layer_norm])  # the last layer is linear alone
 
 
 def time_embedding(t: Tensor) -> Tensor:
@@ -145,10 +147,10 @@ class VelocityField(nn.Module):
 class TwinCritic(nn.Module):
     """Two independent action values Q_1 and Q_2."""
 
-    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int = 256):
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int = 256, layer_norm: bool = False):
         super().__init__()
-        self.q1 = mlp(obs_dim + act_dim, *[hidden_dim] * 3, 1)
-        self.q2 = mlp(obs_dim + act_dim, *[hidden_dim] * 3, 1)
+        self.q1 = mlp(obs_dim + act_dim, *[hidden_dim] * 3, 1, layer_norm=layer_norm)
+        self.q2 = mlp(obs_dim + act_dim, *[hidden_dim] * 3, 1, layer_norm=layer_norm)
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         """obs (B, obs_dim), actions (..., B, act_dim) -> Q (2, ..., B)."""
@@ -162,7 +164,7 @@ class Agent(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, args: Args, device: torch.device):
         super().__init__()
         self.policy = VelocityField(obs_dim, act_dim, args.hidden_dim)
-        self.critic = TwinCritic(obs_dim, act_dim, args.hidden_dim)
+        self.critic = TwinCritic(obs_dim, act_dim, args.hidden_dim, args.critic_layer_norm)
         self.target_policy = copy.deepcopy(self.policy).requires_grad_(False)  # the one that acts
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha_init)))
@@ -175,6 +177,7 @@ class Agent(nn.Module):
             "policy": torch.optim.Adam(self.policy.parameters(), args.policy_lr[0], fused=True),
             "alpha": torch.optim.Adam([self.log_alpha], args.alpha_lr),
         }
+        self.policy_loss = torch.compile(policy_loss) if args.compile else policy_loss
 
 
 # ---------------------------------------------------------------------------- acting
@@ -207,10 +210,8 @@ def select_action(critic: TwinCritic, obs: Tensor, candidates: Tensor) -> tuple[
 
 @torch.no_grad()
 def act(agent: Agent, obs: Tensor, args: Args, rng: Generator, mode: str) -> Tensor:
-    """Actions of the slow policy: obs (B, obs_dim) -> (B, act_dim).
-
-    explore: best of N with exploration noise, to collect data; best_of_n: the same without noise;
-    one_step: the policy as deployed, one candidate from one Euler step, no critic.
+    """Actions of the slow policy, obs (B, obs_dim) -> (B, act_dim). one_step: as it is deployed,
+    one candidate from one step, no critic; best_of_n: the best of N; explore: the same with noise.
     """
     if mode == "one_step":
         noise = torch.randn((len(obs), agent.policy.act_dim), generator=rng, device=obs.device)
@@ -228,16 +229,10 @@ def importance_weights(q: Tensor, q_stats: Tensor, alpha: Tensor, args: Args) ->
     exp(clip(q - m / sigma, -3, 3) / alpha), as the authors released it; else 1. q_stats: m, sigma.
     """
     if args.weight_mode == "temperature":
-        w = ((q - q.max()) / (q_stats[1] * (args.temperature or 3.0))).exp()  # never overflows
-        return w / w.mean()
+        return len(q) * (q / (q_stats[1] * (args.temperature or 3.0))).softmax(0)  # mean 1
     if args.weight_mode == "clip_alpha":  # dividing m alone by sigma is the release's quirk
         return ((q - q_stats[0] / q_stats[1]).clamp(-3, 3) / alpha).exp()
     return torch.ones_like(q)
-
-
-def candidate_probabilities(scores: Tensor, q_stats: Tensor, args: Args) -> Tensor:
-    """Weight-mode particles: pi_old exp(Q / lambda) on each state's N candidates, (N, B)."""
-    return (scores / (q_stats[2] * (args.temperature or 0.5))).softmax(0)  # any baseline cancels
 
 
 def critic_loss(
@@ -276,7 +271,7 @@ def update_policy(
     """One policy step towards actions (B, act_dim), then one step of the slow copies."""
     t = torch.rand((len(obs), 1), generator=rng, device=obs.device)
     noise = torch.randn(actions.shape, generator=rng, device=obs.device)
-    loss = policy_loss(agent.policy, obs, actions, w, noise, t)
+    loss = agent.policy_loss(agent.policy, obs, actions, w, noise, t)
     optimizer, step = agent.optimizers["policy"], agent.updates // args.policy_delay
     optimizer.param_groups[0]["lr"] = float(np.interp(step, args.policy_lr_decay, args.policy_lr))
     optimizer.zero_grad()
@@ -309,8 +304,8 @@ def update(agent: Agent, batch: dict, args: Args, rng: Generator) -> dict[str, T
     if agent.updates % args.policy_delay == 0:
         actions, w = next_actions, importance_weights(best_q, agent.q_stats, alpha, args)
         ess = w.mean().square() / w.square().mean()  # effective sample size / B
-        if args.weight_mode == "particles":
-            p = candidate_probabilities(scores, agent.q_stats, args)  # (N, B)
+        if args.weight_mode == "particles":  # pi_old exp(Q / lambda) on each state's candidates
+            p = (scores / (agent.q_stats[2] * (args.temperature or 0.5))).softmax(0)  # (N, B)
             drawn = torch.multinomial(p.T, 1, generator=rng)  # (B, 1)
             actions = candidates.take_along_dim(drawn.T[:, :, None], 0)[0].clamp(-1, 1)
             ess = (1 / (len(p) * p.square().sum(0))).mean()  # effective candidates / N
@@ -549,15 +544,15 @@ def check_args(args: Args) -> torch.device:
     """Refuse values that cannot work; returns the device to run on."""
     numbers = {k: v for k, v in asdict(args).items() if type(v) in (int, float)}
     numbers |= {"policy_lr": min(args.policy_lr), "policy_lr_decay": max(args.policy_lr_decay)}
-    may_be_zero = "seed", "eval_every", "checkpoint_every", "torch_threads", "noise_scale"
+    zero_ok = "seed", "eval_every", "checkpoint_every", "torch_threads", "noise_scale"
     limits = dict.fromkeys(("gamma", "tau", "q_stats_rate"), (1, "at most 1"))
     limits["num_envs"] = args.buffer_size, "at most --buffer-size"
     limits["batch_size"] = args.learning_starts, "at most --learning-starts"
     limits["learning_starts"] = args.total_timesteps, "at most --total-timesteps"
     for key, value in numbers.items():
         limit, high = limits.get(key, (sys.float_info.max, "finite"))
-        low = "0 or more" if key in may_be_zero else "above 0"
-        if not (0 < value <= limit or (value == 0 and key in may_be_zero)):
+        low = "0 or more" if key in zero_ok else "above 0"
+        if not (0 < value <= limit or (value == 0 and key in zero_ok)):
             fail(f"--{key.replace('_', '-')} {value} must be {low} and {high}")
     if args.utd * (args.total_timesteps - args.learning_starts) < 1:
         fail(f"--utd {args.utd} gives no update; raise it or --total-timesteps")

@@ -1,0 +1,700 @@
+"""FPMD-M: online reinforcement learning with a MeanFlow policy that acts in one step.
+
+The average velocity u(s, z_t, r, t) of a flow between two times r <= t jumps from noise (t = 1) to
+an action (r = 0) in one network evaluation. Training keeps the best of N = 32 such candidates;
+policy mirror descent pulls the policy towards them, by regression on the MeanFlow identity.
+Below, e ~ N(0, I), z_t = (1 - t) a* + t e, v = e - a*; Q' and the acting policy are slow copies.
+
+    generate            z_1 = prior_std * e,  a = z_1 - u(s, z_1, 0, 1)
+    select_action       a* = argmax over N candidates a_i of min(Q_1, Q_2)(s, a_i)
+    critic_loss         y = r + gamma (1 - terminated) min(Q'_1, Q'_2)(s', a*),  (Q_j(s, a) - y)^2
+    importance_weights  w = exp((Q(s', a*) - max Q) / (sigma lambda)), divided by its batch mean
+    policy_loss         w || u(s', z_t, r, t) - sg(v - (t - r) du/dt) ||^2
+
+    python fpmd_meanflow_online.py --env-id Ant-v4
+    python fpmd_meanflow_online.py --evaluate runs/<run>/policy.pt --eval-episodes 10
+
+Paper: One-Step Flow Policy Mirror Descent, arXiv:2507.23675; code: tianyyiii/flow_policy_iclr.
+"""
+
+import copy
+import difflib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import timeit
+import warnings
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import Generator, Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # --- run: what is trained, for how long, and what is written down ---
+    env_id: str = "Ant-v4"  # gymnasium id, dm_control/<domain>-<task>-v0 or module:EnvId
+    seed: int = 1  # seeds networks, noise, replay sampling, warm-up actions and every episode
+    total_timesteps: int = 1_000_000  # environment steps over all envs, warm-up included
+    num_envs: int = 5  # parallel training environments
+    exp_name: str = Path(__file__).stem  # second part of the run directory's name
+    runs_dir: str = "runs"  # where run directories are created
+    log_every: int = 1_000  # environment steps between rows of metrics.csv
+    eval_every: int = 25_000  # environment steps between evaluations, 0: never
+    eval_episodes: int = 10  # episodes per evaluation, all side by side
+    checkpoint_every: int = 50_000  # environment steps between checkpoints, 0: only at the end
+    capture_video: bool = False  # film the first episode of every one-step evaluation
+    track: bool = False  # mirror the run to Weights & Biases
+    wandb_project_name: str = "one-step-flow-rl"  # project on Weights & Biases
+    wandb_entity: str | None = None  # team on Weights & Biases
+    resume: str | None = None  # checkpoint.pt or a run directory to go on with
+    evaluate: str | None = None  # policy.pt to replay with one step per action, without training
+    # --- algorithm: defaults are the published setting ---
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # rate of the slow copies (target critics, acting policy)
+    batch_size: int = 256  # transitions per update, B
+    buffer_size: int = 1_000_000  # transitions the replay buffer holds
+    learning_starts: int = 30_000  # environment steps with random actions before learning
+    utd: float = 0.2  # gradient updates per environment step
+    num_candidates: int = 32  # N, actions generated per state; the critics keep the best
+    flow_steps: int = 1  # T, jumps per generated action (NFE) while training
+    p_instant: float = 0.0  # share of the policy's batch with r = t, where u is v itself
+    prior_std: float = 0.5  # std of z_1 when sampling; training always noises with N(0, I)
+    weight_mode: Literal["temperature", "clip_alpha", "none", "particles"] = "temperature"  # w
+    temperature: float | None = None  # lambda; unset: 3 (temperature), 0.5 (particles)
+    reward_scale: float = 0.2  # rewards are multiplied by this
+    critic_lr: float = 3e-4  # Adam step size of the critics
+    critic_layer_norm: bool = False  # LayerNorm before every activation of the critics
+    critic_steps: int = 2  # Adam steps on each critic gradient; 2 is the authors' code, 1 is clean
+    policy_lr: tuple[float, float] = (3e-4, 3e-5)  # Adam step size of the policy, first and last
+    policy_lr_decay: tuple[int, int] = (25_000, 75_000)  # linear between these policy updates
+    policy_delay: int = 2  # updates per step of the policy and of the slow copies
+    q_stats_rate: float = 0.001  # rate of the running mean and std of Q
+    noise_scale: float = 0.1  # exploration noise std is alpha * noise_scale
+    alpha_init: float = 5.0  # alpha at the start
+    alpha_lr: float = 7e-3  # Adam step size of log alpha
+    alpha_interval: int = 1_250  # environment steps between updates of alpha
+    target_entropy_scale: float = 1.5  # alpha decays until the noise's entropy is -scale * act_dim
+    hidden_dim: int = 256  # width of the three hidden layers of every network
+    # --- speed: how it is computed ---
+    device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, mps
+    compile: bool = False  # compile the networks of the update; the first updates take a minute
+    precision: Literal["float32", "bfloat16"] = "float32"  # of generating candidates in updates
+    torch_threads: int = 0  # CPU threads of torch, 0: at most 8; give 1 to side-by-side runs
+    async_envs: bool = False  # one process per environment (pays off for slow simulators)
+
+
+# ---------------------------------------------------------------------------- networks
+TIME_DIM = 16  # width of the sinusoidal time embedding
+
+
+class Mish(nn.Module):
+    """x tanh(softplus(x)); compiled, with a single exponential, which is most of what it costs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return nn.functional.mish(x)  # eager: one pass over memory counts for more
+        e = x.clamp(max=20).exp()  # from there on Mish is x to float precision
+        n = e * (e + 2)
+        return x * n / (n + 2)
+
+
+def mlp(*sizes: int, layer_norm: bool = False) -> nn.Sequential:
+    """Linear layers with Mish between; weights N(0, 1 / fan_in) cut at two std, as in haiku."""
+    modules = []
+    for fan_in, fan_out in pairwise(sizes):
+        linear, std = nn.Linear(fan_in, fan_out), fan_in**-0.5
+        nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
+        nn.init.zeros_(linear.bias)
+        modules += [linear, *[nn.LayerNorm(fan_out)] * layer_norm, Mish()]
+    return nn.Sequential(*modules[: -1 - layer_norm])  # the last layer is linear alone
+
+
+def time_embedding(t: Tensor) -> Tensor:
+    """Sines and cosines of the raw flow time, 8 frequencies from 1 down: (..., 1) -> (..., 16)."""
+    angles = t * 10_000 ** (-torch.arange(0, 1, 2 / TIME_DIM, device=t.device))
+    return torch.cat([angles.sin(), angles.cos()], -1) / math.sqrt(TIME_DIM)
+
+
+class AverageVelocityField(nn.Module):
+    """u(s, z, r, t): average velocity over [r, t] of the flow that is at the point z at time t."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int = 256):
+        super().__init__()
+        self.act_dim = act_dim
+        self.r_mlp, self.t_mlp = (mlp(TIME_DIM, 2 * TIME_DIM, TIME_DIM) for _ in range(2))
+        self.net = mlp(obs_dim + act_dim + 2 * TIME_DIM, *[hidden_dim] * 3, act_dim)
+
+    def forward(self, obs: Tensor, z: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        """obs (B, obs_dim), z (..., B, act_dim), r and t (1,) or (B, 1) -> velocity like z."""
+        inputs = obs, z, self.r_mlp(time_embedding(r)), self.t_mlp(time_embedding(t))
+        return self.net(torch.cat([x.expand(*z.shape[:-1], -1) for x in inputs], -1))
+
+
+class TwinCritic(nn.Module):
+    """Two independent action values Q_1 and Q_2."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int = 256, layer_norm: bool = False):
+        super().__init__()
+        self.q1 = mlp(obs_dim + act_dim, *[hidden_dim] * 3, 1, layer_norm=layer_norm)
+        self.q2 = mlp(obs_dim + act_dim, *[hidden_dim] * 3, 1, layer_norm=layer_norm)
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """obs (B, obs_dim), actions (..., B, act_dim) -> Q (2, ..., B)."""
+        x = torch.cat([obs.expand(*actions.shape[:-1], -1), actions], -1)
+        return torch.stack([self.q1(x), self.q2(x)]).squeeze(-1)
+
+
+class Agent(nn.Module):
+    """All that learns: networks, their slow copies, log alpha, statistics of Q, optimizers."""
+
+    def __init__(self, obs_dim: int, act_dim: int, args: Args, device: torch.device):
+        super().__init__()
+        self.policy = AverageVelocityField(obs_dim, act_dim, args.hidden_dim)
+        self.critic = TwinCritic(obs_dim, act_dim, args.hidden_dim, args.critic_layer_norm)
+        self.target_policy = copy.deepcopy(self.policy).requires_grad_(False)  # the one that acts
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha_init)))
+        # running mean and std of Q(s, a*) over states, running mean of its std over candidates
+        self.register_buffer("q_stats", torch.tensor([0.0, 1.0, 1.0]))
+        self.to(device)
+        self.updates = self.alpha_updates = 0
+        self.optimizers = {
+            "critic": torch.optim.Adam(self.critic.parameters(), args.critic_lr, fused=True),
+            "policy": torch.optim.Adam(self.policy.parameters(), args.policy_lr[0], fused=True),
+            "alpha": torch.optim.Adam([self.log_alpha], args.alpha_lr),
+        }
+        self.policy_loss = torch.compile(policy_loss) if args.compile else policy_loss
+
+
+# ---------------------------------------------------------------------------- acting
+def generate(policy: nn.Module, obs: Tensor, z: Tensor, flow_steps: int) -> Tensor:
+    """T jumps z_r = z_t - (t - r) u(s, z_t, r, t) from noise at t = 1 to an action at t = 0.
+
+    obs (B, obs_dim), noise z = z_1 (..., B, act_dim) -> unclipped actions z_0 like it.
+    """
+    for k in range(flow_steps, 0, -1):
+        r, t = (torch.full((1,), i / flow_steps, device=z.device) for i in (k - 1, k))
+        z = z - policy(obs, z, r, t) / flow_steps  # t - r = 1 / T, which the release lacks
+    return z
+
+
+def propose(policy: nn.Module, obs: Tensor, std: Tensor, args: Args, rng: Generator) -> Tensor:
+    """N candidates per state, exploration noise of that std on each: (N, B, act_dim), unclipped."""
+    shape = (2, args.num_candidates, len(obs), policy.act_dim)
+    noise, exploration = torch.randn(shape, generator=rng, device=obs.device)
+    return generate(policy, obs, args.prior_std * noise, args.flow_steps) + std * exploration
+
+
+def select_action(critic: TwinCritic, obs: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Best of N: argmax_i min(Q_1, Q_2)(s, a_i), one rule for acting, TD and imitation.
+
+    obs (B, obs_dim), candidates (N, B, act_dim) -> actions in the box (B, act_dim), scores (N, B).
+    """
+    scores = critic(obs, candidates).amin(0)  # (N, B)
+    return candidates.take_along_dim(scores.argmax(0)[None, :, None], 0)[0].clamp(-1, 1), scores
+
+
+@torch.no_grad()
+def act(agent: Agent, obs: Tensor, args: Args, rng: Generator, mode: str) -> Tensor:
+    """Actions of the slow policy, obs (B, obs_dim) -> (B, act_dim). one_step: as it is deployed,
+    one candidate from one step, no critic; best_of_n: the best of N; explore: the same with noise.
+    """
+    if mode == "one_step":
+        noise = torch.randn((len(obs), agent.policy.act_dim), generator=rng, device=obs.device)
+        return generate(agent.target_policy, obs, args.prior_std * noise, 1).clamp(-1, 1)
+    std = agent.log_alpha.exp() * args.noise_scale * (mode == "explore")
+    candidates = propose(agent.target_policy, obs, std, args, rng)
+    return select_action(agent.critic, obs, candidates)[0]
+
+
+# ---------------------------------------------------------------------------- learning
+def importance_weights(q: Tensor, q_stats: Tensor, alpha: Tensor, args: Args) -> Tensor:
+    """Mirror-descent weights w of the regression targets, from q = Q(s', a*): (B,) -> (B,).
+
+    temperature: exp(q / (sigma lambda)), from max_pi E[Q] - lambda KL(pi || pi_old); clip_alpha:
+    exp(clip(q - m / sigma, -3, 3) / alpha), as the authors released it; else 1. q_stats: m, sigma.
+    """
+    if args.weight_mode == "temperature":
+        return len(q) * (q / (q_stats[1] * (args.temperature or 3.0))).softmax(0)  # mean 1
+    if args.weight_mode == "clip_alpha":  # dividing m alone by sigma is the release's quirk
+        return ((q - q_stats[0] / q_stats[1]).clamp(-3, 3) / alpha).exp()
+    return torch.ones_like(q)
+
+
+def critic_loss(
+    critic: TwinCritic, target_critic: TwinCritic, batch: dict, next_actions: Tensor, args: Args
+) -> tuple[Tensor, Tensor]:
+    """Clipped double-Q regression: the loss and Q (2, B); only termination stops bootstrapping."""
+    with torch.no_grad():
+        next_q = target_critic(batch["next_obs"], next_actions).amin(0)  # (B,)
+        y = args.reward_scale * batch["rewards"] + args.gamma * (1 - batch["terminations"]) * next_q
+    q = critic(batch["obs"], batch["actions"])  # (2, B)
+    return (q - y).square().mean(1).sum(), q.detach()
+
+
+def policy_loss(
+    policy: nn.Module, obs: Tensor, actions: Tensor, w: Tensor, noise: Tensor, r: Tensor, t: Tensor
+) -> Tensor:
+    """MeanFlow regression to the targets a*: mean of w || u - sg(v - (t - r) du/dt) ||^2.
+
+    obs (B, obs_dim), actions a* and noise e ~ N(0, I) (B, act_dim), w (B,), r <= t (B, 1).
+    """
+    z_t, v = (1 - t) * actions + t * noise, noise - actions
+    tangents = v, torch.zeros_like(r), torch.ones_like(t)  # along the path, while r stays
+    u, du_dt = torch.func.jvp(partial(policy, obs), (z_t, r, t), tangents)
+    target = (v - (t - r) * du_dt).detach()
+    return (w[:, None] * (u - target).square()).mean()
+
+
+def update_alpha(agent: Agent, args: Args) -> None:
+    """Adam step on -log_alpha (H_target - H_noise); no data in it, so alpha follows a schedule."""
+    entropy = 0.5 * math.log(2 * math.pi * math.e) + math.log(0.1) + agent.log_alpha.detach()
+    agent.log_alpha.grad = agent.policy.act_dim * (entropy + args.target_entropy_scale)
+    agent.optimizers["alpha"].step()  # the authors keep 0.1 here even if noise_scale is another
+    agent.alpha_updates += 1
+
+
+def update_policy(
+    agent: Agent, obs: Tensor, actions: Tensor, w: Tensor, args: Args, rng: Generator
+) -> Tensor:
+    """One policy step towards actions (B, act_dim), then one step of the slow copies."""
+    first, second, coin = torch.rand((3, len(obs), 1), generator=rng, device=obs.device)
+    r, t = torch.where(coin < args.p_instant, first, torch.stack([first, second]).sort(0).values)
+    noise = torch.randn(actions.shape, generator=rng, device=obs.device)
+    loss = agent.policy_loss(agent.policy, obs, actions, w, noise, r, t)
+    optimizer, step = agent.optimizers["policy"], agent.updates // args.policy_delay
+    optimizer.param_groups[0]["lr"] = float(np.interp(step, args.policy_lr_decay, args.policy_lr))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    for slow, fast in (agent.target_critic, agent.critic), (agent.target_policy, agent.policy):
+        torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), args.tau)
+    return loss.detach()
+
+
+def update(agent: Agent, batch: dict, args: Args, rng: Generator) -> dict[str, Tensor]:
+    """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
+    next_obs, alpha = batch["next_obs"], agent.log_alpha.detach().exp()
+    # one generation at s' serves both losses: the TD action is also what the policy imitates
+    autocast = torch.autocast(next_obs.device.type, torch.bfloat16, args.precision == "bfloat16")
+    with torch.no_grad():
+        with autocast:  # generating only: ranking needs Q to more than bfloat16's three digits
+            candidates = propose(agent.policy, next_obs, alpha * args.noise_scale, args, rng)
+        next_actions, scores = select_action(agent.critic, next_obs, candidates)
+    best_q, spread = scores.amax(0), scores.std(0, correction=0)  # (B,), (B,)
+
+    loss, q = critic_loss(agent.critic, agent.target_critic, batch, next_actions, args)
+    agent.optimizers["critic"].zero_grad()
+    loss.backward()
+    for _ in range(args.critic_steps):  # the authors step twice on one gradient
+        agent.optimizers["critic"].step()
+    metrics = {"losses/critic_loss": loss.detach(), "losses/q_values": q.mean()}
+    metrics["policy/candidate_spread"] = candidates.std(0, correction=0).mean()
+
+    if agent.updates % args.policy_delay == 0:
+        actions, w = next_actions, importance_weights(best_q, agent.q_stats, alpha, args)
+        ess = w.mean().square() / w.square().mean()  # effective sample size / B
+        if args.weight_mode == "particles":  # pi_old exp(Q / lambda) on each state's candidates
+            p = (scores / (agent.q_stats[2] * (args.temperature or 0.5))).softmax(0)  # (N, B)
+            drawn = torch.multinomial(p.T, 1, generator=rng)  # (B, 1)
+            actions = candidates.take_along_dim(drawn.T[:, :, None], 0)[0].clamp(-1, 1)
+            ess = (1 / (len(p) * p.square().sum(0))).mean()  # effective candidates / N
+        metrics["losses/policy_loss"] = update_policy(agent, next_obs, actions, w, args, rng)
+        clipped = (best_q - agent.q_stats[0] / agent.q_stats[1]).abs() >= 3  # as clip_alpha would
+        metrics |= {"policy/ess": ess, "policy/clipped_fraction": clipped.float().mean()}
+
+    q_now = torch.stack([best_q.mean(), best_q.std(correction=0), spread.mean()])
+    # after their use, since weights see the past only; a constant Q must not end in 0 / 0
+    agent.q_stats.lerp_(q_now, args.q_stats_rate)[1:].clamp_(min=1e-6)
+    agent.updates += 1
+    return metrics | {"policy/alpha": alpha}
+
+
+# -------------------------------------------------- plumbing, the same text in every script
+def fail(message: str) -> NoReturn:
+    """Refuse bad input: one line on stderr, exit status 2."""
+    print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class SeededEpisodes(gym.Wrapper):
+    """Seed every episode anew: its seed and actions rebuild it exactly, as no saved state can."""
+
+    def __init__(self, env: gym.Env, index: int):
+        super().__init__(env)
+        self.index, self.episode = index, {"seed": 0, "count": 0, "actions": []}
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        if seed is not None:
+            self.episode |= {"seed": seed, "count": 0}
+        self.episode |= {"count": self.episode["count"] + 1, "actions": []}
+        key = self.episode["seed"], self.index, self.episode["count"]
+        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: np.ndarray):
+        self.episode["actions"].append(action.copy())
+        return self.env.step(action)
+
+    def restore(self, episodes: list[dict]) -> np.ndarray:
+        """Play back this env's entry of episodes (one per env) and return the last observation."""
+        saved = episodes[self.index]
+        self.episode = saved | {"count": saved["count"] - 1}
+        obs, _ = self.reset()
+        for action in saved["actions"].numpy():
+            obs = self.step(action)[0]
+        return obs
+
+
+def make_env(env_id: str, index: int = 0, film: bool = False) -> gym.Env:
+    """Flat float32 observations, actions in [-1, 1]; what cannot be trained on is refused."""
+    # papers report the outdated v4; float32 is what the networks want, infinite bounds included
+    warnings.filterwarnings("ignore", ".*(is out of date|precision lowered|overflow encountered).*")
+    mujoco = metadata.version("mujoco")
+    if env_id.startswith("dm_control/"):
+        if int(mujoco.split(".")[0]) >= 4:
+            fail(f"{env_id} needs mujoco below 4, not {mujoco}: pip install 'mujoco>=3.17,<4'")
+        if sys.platform == "linux" and "DISPLAY" not in os.environ:
+            os.environ.setdefault("MUJOCO_GL", "disable")  # else it warns that there is no screen
+        import shimmy  # noqa: F401  registers the ids, in every worker process too
+    try:
+        env = gym.make(env_id, **({"render_mode": "rgb_array"} if film else {}))
+    except (gym.error.Error, ImportError) as error:
+        near = ", ".join(difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4))
+        fail(f"cannot make {env_id!r} (mujoco {mujoco}): {error} Registered ids near it: {near}")
+    if film and hasattr(env.unwrapped, "mujoco_renderer") and env.unwrapped.model.ncam:
+        env.unwrapped.mujoco_renderer.camera_id = 0  # follow: the default one stays where it is
+    space, actions, Box = env.observation_space, env.action_space, gym.spaces.Box
+    leaves = space.values() if isinstance(space, gym.spaces.Dict) else [space]
+    if not (isinstance(actions, Box) and actions.is_bounded() and actions.shape[1:] == ()):
+        fail(f"{env_id} has actions {actions}; only bounded vectors of numbers (Box) will do")
+    if not all(isinstance(leaf, Box) and leaf.dtype.kind == "f" for leaf in leaves):
+        fail(f"{env_id} has observations {space}; only vectors of numbers will do, images will not")
+    env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
+    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    return SeededEpisodes(gym.wrappers.RecordEpisodeStatistics(env), index)
+
+
+def make_envs(env_id: str, n: int, in_processes: bool = False, film: bool = False):
+    """Vector env whose done step already returns the next episode's first observation."""
+    makers = [partial(make_env, env_id, i, film and i == 0) for i in range(n)]
+    vector = gym.vector.AsyncVectorEnv if in_processes else gym.vector.SyncVectorEnv
+    return vector(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+
+def choose_opengl() -> None:
+    """Find a renderer that needs no screen, before mujoco's import reads MUJOCO_GL for good."""
+    probe = [sys.executable, "-c", "import mujoco; mujoco.GLContext(8, 8).make_current()"]
+    for backend in "egl", "osmesa", "glfw":
+        os.environ["MUJOCO_GL"] = backend
+        if subprocess.run(probe, capture_output=True).returncode == 0:
+            return
+    fail("--capture-video finds no OpenGL: apt-get install libegl1 libegl-mesa0 (or libosmesa6)")
+
+
+class ReplayBuffer:
+    """Ring buffer of transitions, on the device that learns from it."""
+
+    def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
+        dims = {"obs": (obs_dim,), "actions": (act_dim,), "rewards": (), "next_obs": (obs_dim,)}
+        dims["terminations"] = ()
+        self.data = {k: torch.empty((capacity, *dim), device=device) for k, dim in dims.items()}
+        self.capacity, self.device, self.position, self.size = capacity, device, 0, 0
+
+    def add(self, *transitions: np.ndarray) -> None:
+        """Store one transition per env, arrays (num_envs, ...) in the order of self.data."""
+        n = len(transitions[0])
+        index = (self.position + torch.arange(n, device=self.device)) % self.capacity
+        for stored, new in zip(self.data.values(), transitions, strict=True):
+            stored[index] = torch.as_tensor(new, dtype=torch.float32, device=self.device)
+        self.position = (self.position + n) % self.capacity
+        self.size = min(self.size + n, self.capacity)
+
+    def sample(self, batch_size: int, rng: Generator) -> dict[str, Tensor]:
+        """Uniformly, with replacement: tensors (batch_size, ...)."""
+        index = torch.randint(self.size, (batch_size,), generator=rng, device=self.device)
+        return {key: value[index] for key, value in self.data.items()}
+
+
+def evaluate(agent: Agent, envs, args: Args, mode: str, film: Path, stop=()) -> dict:
+    """One episode per env, side by side: a row for evaluations.csv; films one_step's first env."""
+    rng = Generator(agent.log_alpha.device).manual_seed(args.seed)  # all evaluations start alike
+    obs, _ = envs.reset(seed=[2 * args.seed + 1] * envs.num_envs)  # training has the even seeds
+    running, frames = np.full(envs.num_envs, True), []
+    returns, successes = np.zeros(envs.num_envs), np.full(envs.num_envs, np.nan)
+    while running.any() and not stop:
+        if args.capture_video and mode == "one_step" and running[0]:
+            frames.append(envs.envs[0].render())
+        actions = act(agent, torch.as_tensor(obs, device=rng.device), args, rng, mode)
+        obs, _, terminations, truncations, infos = envs.step(actions.cpu().numpy())
+        for i in np.flatnonzero((terminations | truncations) & running):
+            final, running[i] = infos["final_info"], False
+            returns[i] = final["episode"]["r"][i]
+            successes[i] = final.get("success", final.get("is_success", successes))[i]
+    if frames:
+        from gymnasium.utils.save_video import save_video  # slow to import
+
+        dt = getattr(envs.envs[0].unwrapped, "dt", 1 / 30)  # MuJoCo's and dm_control's own clock
+        save_video(frames, film.parent, lambda _: True, name_prefix=film.name, fps=1 / dt)
+    nfe, n = (1, 1) if mode == "one_step" else (args.flow_steps, args.num_candidates)
+    row = {"mode": mode, "nfe": nfe, "num_candidates": n, "return_mean": float(returns.mean())}
+    row |= {"return_std": float(returns.std()), "success_rate": float(successes.mean())}
+    return row | {"returns": " ".join(f"{value:.4f}" for value in returns)}
+
+
+class RunLogger:
+    """The run directory: its CSV files and TensorBoard events, which wandb mirrors if asked to."""
+
+    def __init__(self, args: Args, device: torch.device, run_dir: Path | None, global_step: int):
+        self.run_dir = run_dir or self.create(args, device)
+        for path in self.run_dir.glob("*.csv"):  # what a resumed run repeats must not stand twice
+            head, *rows = path.read_text().splitlines(keepends=True)
+            rows = [r for r in rows if r[-1] == "\n" and int(r.split(",")[0]) <= global_step]
+            path.write_text("".join([head, *rows]))
+        if args.track:
+            import wandb
+
+            where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+            where |= {"id": self.run_dir.name, "resume": "allow"}
+            wandb.init(**where, config=asdict(args), sync_tensorboard=True)
+            wandb.save(f"{self.run_dir}/videos/*.mp4", base_path=self.run_dir)
+        self.writer = SummaryWriter(self.run_dir, purge_step=global_step + 1)
+
+    def create(self, args: Args, device: torch.device) -> Path:
+        """Make runs/<env>__<exp>__<seed>__<time>; mkdir fails rather than share one."""
+        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
+        run_dir = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
+        run_dir.mkdir(parents=True)
+        packages = "torch", "gymnasium", "mujoco", "dm-control", "numpy"
+        versions = {"python": sys.version.split()[0]} | {p: metadata.version(p) for p in packages}
+        git, here = "git describe --always --dirty --abbrev=40", Path(__file__).parent
+        run = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True)
+        cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        cpu = [line.split(": ")[1] for line in cpu.splitlines() if line.startswith("model name")]
+        gpu = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
+        versions |= {"commit": run.stdout.strip(), "device": (gpu + cpu + [sys.platform])[0]}
+        versions["threads"] = torch.get_num_threads()
+        for name, content in ("args", asdict(args)), ("versions", versions):
+            (run_dir / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        return run_dir
+
+    def row(self, name: str, values: dict, plotted: dict) -> None:
+        """Append to <name>.csv, columns from the first row, NaN empty; TensorBoard gets plotted."""
+        with (self.run_dir / f"{name}.csv").open("a") as file:
+            if file.tell() == 0:
+                file.write(",".join(values) + "\n")
+            file.write(",".join("" if v != v else str(v) for v in values.values()) + "\n")
+        for key, value in plotted.items():
+            self.writer.add_scalar(key, value, values["global_step"])
+
+
+def save_run(run_dir, args, agent, buffer, envs, rng, progress: dict) -> None:
+    """policy.pt to use the policy, checkpoint.pt to go on training exactly where it stopped."""
+    state = progress | {"args": asdict(replace(args, resume=None))}
+    policy = {"policy": agent.target_policy.state_dict(), "critics": agent.critic.state_dict()}
+    policy |= {key: state[key] for key in ("args", "global_step")}
+    state |= {"agent": agent.state_dict(), "counters": [agent.updates, agent.alpha_updates]}
+    state["optimizers"] = {key: opt.state_dict() for key, opt in agent.optimizers.items()}
+    state["buffer"] = {key: value[: buffer.size].clone() for key, value in buffer.data.items()}
+    state |= {"position": buffer.position, "rng": rng.get_state(), "device": rng.device.type}
+    episodes = envs.get_attr("episode")
+    state["episodes"] = [e | {"actions": torch.tensor(np.array(e["actions"]))} for e in episodes]
+    for name, content in ("policy.pt", policy), ("checkpoint.pt", state):
+        torch.save(content, run_dir / f"{name}.tmp")
+        os.replace(run_dir / f"{name}.tmp", run_dir / name)  # a crash leaves the old or the new one
+
+
+def load(path: str, name: str) -> tuple[Path, dict]:
+    """Read what save_run wrote, given the file or its run directory; refuse anything else."""
+    file = Path(path) / name if Path(path).is_dir() else Path(path)
+    keys = {"args", "global_step", "episodes" if name == "checkpoint.pt" else "policy"}
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        assert keys <= set(content) and set(content["args"]) == {f.name for f in fields(Args)}
+    except Exception:  # torch raises many kinds for a damaged file
+        fail(f"{file} is missing, damaged or no {name} of this version of {Path(__file__).name}")
+    return file, content
+
+
+def restore_run(saved: dict, agent, buffer, envs, rng) -> np.ndarray:
+    """Undo save_run; returns the observations the envs were at."""
+    agent.load_state_dict(saved["agent"])
+    agent.updates, agent.alpha_updates = saved["counters"]
+    for key, optimizer in agent.optimizers.items():
+        optimizer.load_state_dict(saved["optimizers"][key])
+    buffer.position, buffer.size = saved["position"], len(saved["buffer"]["rewards"])
+    for key, value in saved["buffer"].items():
+        buffer.data[key][: buffer.size] = value
+    rng.set_state(saved["rng"])
+    return np.stack(envs.call("restore", saved["episodes"]))
+
+
+def check_args(args: Args) -> torch.device:
+    """Refuse values that cannot work; returns the device to run on."""
+    numbers = {k: v for k, v in asdict(args).items() if type(v) in (int, float)}
+    numbers |= {"policy_lr": min(args.policy_lr), "policy_lr_decay": max(args.policy_lr_decay)}
+    zero_ok = "seed", "eval_every", "checkpoint_every", "torch_threads", "noise_scale", "p_instant"
+    limits = dict.fromkeys(("gamma", "tau", "q_stats_rate", "p_instant"), (1, "at most 1"))
+    limits["num_envs"] = args.buffer_size, "at most --buffer-size"
+    limits["batch_size"] = args.learning_starts, "at most --learning-starts"
+    limits["learning_starts"] = args.total_timesteps, "at most --total-timesteps"
+    for key, value in numbers.items():
+        limit, high = limits.get(key, (sys.float_info.max, "finite"))
+        low = "0 or more" if key in zero_ok else "above 0"
+        if not (0 < value <= limit or (value == 0 and key in zero_ok)):
+            fail(f"--{key.replace('_', '-')} {value} must be {low} and {high}")
+    if args.utd * (args.total_timesteps - args.learning_starts) < 1:
+        fail(f"--utd {args.utd} gives no update; raise it or --total-timesteps")
+    try:
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(auto if args.device == "auto" else args.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        fail(f"--device {args.device} is not to be had here; --device auto takes what there is")
+    return device
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line; --resume and --evaluate take their defaults from the stored arguments."""
+    args = tyro.cli(Args, args=argv)
+    if path := args.resume or args.evaluate:
+        _, saved = load(path, "checkpoint.pt" if args.resume else "policy.pt")
+        args = tyro.cli(Args, args=argv, default=Args(**saved["args"]))
+    return args
+
+
+# ---------------------------------------------------------------------------- main
+def replay(args: Args, agent: Agent, envs) -> None:
+    """--evaluate: the saved policy with one network evaluation per action."""
+    file, saved = load(args.evaluate, "policy.pt")
+    if args.env_id != saved["args"]["env_id"]:
+        fail(f"{file} was trained on {saved['args']['env_id']}, not on {args.env_id}")
+    agent.target_policy.load_state_dict(saved["policy"])
+    result = evaluate(agent, envs, args, "one_step", file.parent / "videos" / "evaluate")
+    for episode, value in enumerate(result["returns"].split()):
+        print(f"episode {episode}: return {value}")
+    obs = torch.zeros(1, *envs.single_observation_space.shape, device=agent.log_alpha.device)
+    rng = Generator(obs.device)
+    ms = min(timeit.repeat(lambda: act(agent, obs, args, rng, "one_step").cpu(), number=100)) * 10
+    print("return {return_mean:.2f} +- {return_std:.2f}".format(**result), f"{ms:.3f} ms/action")
+
+
+def main(args: Args) -> Path | None:
+    """Train and return the run directory; the loop is act, step, store, learn, log."""
+    file, saved, device = None, None, check_args(args)
+    torch.set_num_threads(args.torch_threads or min(8, torch.get_num_threads()))
+    if args.resume:
+        file, saved = load(args.resume, "checkpoint.pt")
+        may_change = "resume", "total_timesteps", "log_every", "capture_video", "torch_threads"
+        may_change += "track", "wandb_project_name", "wandb_entity"
+        for key, value in saved["args"].items():
+            if value != getattr(args, key) and key not in may_change:
+                fail(f"--{key.replace('_', '-')} cannot change on --resume; it was {value}")
+        if saved["device"] != device.type:
+            fail(f"{file} was written on {saved['device']} and can only go on there")
+    if args.capture_video and not {"DISPLAY", "MUJOCO_GL"} & set(os.environ):
+        choose_opengl()
+    envs = make_envs(args.env_id, args.num_envs, args.async_envs)  # first, because it may fork
+    eval_envs = make_envs(args.env_id, args.eval_episodes, film=args.capture_video)
+    obs_dim, act_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    torch.manual_seed(args.seed)  # the networks' initial weights
+    agent = Agent(obs_dim, act_dim, args, device)
+    if args.evaluate:
+        return replay(args, agent, eval_envs)
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
+    rng = Generator(device).manual_seed(args.seed)  # random actions, noise, replay sampling
+    charts = "charts/episodic_return", "charts/episodic_length", "charts/SPS"
+    if saved:
+        global_step, start, metrics = saved["global_step"], saved["wall_time"], saved["metrics"]
+        obs = restore_run(saved, agent, buffer, envs, rng)
+    else:
+        global_step, start, metrics = 0, 0.0, dict.fromkeys(charts, math.nan)
+        obs, _ = envs.reset(seed=[2 * args.seed] * args.num_envs)
+    logger = RunLogger(args, device, file and file.parent, global_step)
+    run_dir, rows = logger.run_dir, args.batch_size * args.num_candidates
+    print(f"{args.env_id}: {obs_dim} observations, {act_dim} actions; writing to {run_dir}")
+    print(f"one update evaluates {rows * args.flow_steps:,} policy rows, {2 * rows:,} critic rows")
+    for network in (agent.policy, agent.critic, agent.target_critic) if args.compile else ():
+        network.compile(dynamic=False)
+
+    stop, stopping, start = [], False, time.perf_counter() - start
+    for signum in signal.SIGINT, signal.SIGTERM:  # one finishes the step and saves, two kill
+        signal.signal(signum, lambda s, _: sys.exit(128 + s) if stop else stop.append(s))
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=None)
+    while global_step + args.num_envs <= args.total_timesteps and not stopping:
+        # act: uniformly at random at first, then the slow policy with exploration noise
+        if global_step < args.learning_starts:
+            actions = 2 * torch.rand((args.num_envs, act_dim), generator=rng, device=device) - 1
+        else:
+            actions = act(agent, torch.as_tensor(obs, device=device), args, rng, "explore")
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions.cpu().numpy())
+        global_step += args.num_envs
+
+        # store: where an episode ended, next_obs already belongs to the one after it
+        last_obs = next_obs.copy()
+        for i in np.flatnonzero(terminations | truncations):
+            last_obs[i] = infos["final_obs"][i]
+            for chart, key in zip(charts[:2], "rl", strict=True):
+                metrics[chart] = float(infos["final_info"]["episode"][key][i])
+        buffer.add(obs, actions, rewards, last_obs, terminations)
+        obs = next_obs
+
+        # learn: the number of updates follows from utd alone, whatever num_envs is
+        while agent.updates < int(args.utd * (global_step - args.learning_starts) + 1e-9):
+            metrics |= update(agent, buffer.sample(args.batch_size, rng), args, rng)
+        while agent.alpha_updates * args.alpha_interval < global_step - args.learning_starts:
+            update_alpha(agent, args)
+
+        # log, evaluate, save
+        last = global_step + args.num_envs > args.total_timesteps
+        wall_time = round(time.perf_counter() - start, 3)
+        row = {"global_step": global_step, "updates": agent.updates, "wall_time": wall_time}
+        bar.update(args.num_envs)
+        logging = last or global_step % args.log_every < args.num_envs
+        evaluating = args.eval_every and (last or global_step % args.eval_every < args.num_envs)
+        saving = last or stop or global_step % (args.checkpoint_every or math.inf) < args.num_envs
+        if logging or evaluating or saving:  # a diverged run must not replace its last checkpoint
+            metrics = {key: float(value) for key, value in metrics.items()}
+            for key, value in (metrics | agent.state_dict()).items():
+                if key[:6] != "charts" and not torch.as_tensor(value).isfinite().all():
+                    raise SystemExit(f"diverged: {key} is NaN or infinite at step {global_step}")
+        if logging and agent.updates:
+            metrics["charts/SPS"] = round(global_step / wall_time, 1)
+            logger.row("metrics", row | metrics, metrics)
+            bar.set_postfix(episodic_return=metrics[charts[0]])
+        for mode in ("one_step", "best_of_n") if evaluating else ():
+            result = evaluate(agent, eval_envs, args, mode, run_dir / f"videos/{global_step}", stop)
+            if stop:  # a signal does not wait for the evaluation, which is given up
+                break
+            plotted = {f"eval_{mode}/{key}": result[key] for key in ("return_mean", "return_std")}
+            logger.row("evaluations", row | result, plotted)
+            tqdm.write("step {global_step:,}: {mode} {return_mean:.1f}".format(**row, **result))
+        stopping = bool(stop)  # decided once: a signal from here on waits for the next step
+        if saving or stopping:
+            save_run(run_dir, args, agent, buffer, envs, rng, row | {"metrics": metrics})
+    for resource in bar, logger.writer, envs, eval_envs:
+        resource.close()
+    if stopping:
+        print(f"stopped; go on with --resume {run_dir}", file=sys.stderr)
+        raise SystemExit(128 + stop[0])
+    return run_dir
+
+
+if __name__ == "__main__":
+    main(parse_args())
