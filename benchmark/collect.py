@@ -40,6 +40,7 @@ def defaults(script: Path) -> dict:
     ]
     args = next(node for node in classes if node.name == "Args")
     fields = [node for node in args.body if isinstance(node, ast.AnnAssign)]
+    fields = [field for field in fields if field.target.id != "exp_name"]  # an expression
     return {field.target.id: ast.literal_eval(field.value) for field in fields}
 
 

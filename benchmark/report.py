@@ -26,6 +26,7 @@ TABLE = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL
 # 97.5% quantiles of Student's t for 2, 3, ... 10 seeds
 STUDENT_T = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
 LAST = 5  # evaluations averaged at the end of a run
+ABLATION_LAST = 3  # the same in short runs that are compared with each other
 
 
 # ---------------------------------------------------------------------------- reading, formatting
@@ -60,6 +61,10 @@ def joined(rows: list[dict], column: str) -> str:
     return ", ".join(sorted({row[column] for row in rows}))
 
 
+def joined_numbers(numbers: set[int]) -> str:
+    return " or ".join(map(str, sorted(numbers)))
+
+
 def commits(rows: list[dict]) -> str:
     """Short hashes; a trailing -dirty stays."""
     short = {re.sub(r"^(\w{7})\w+", r"\1", row["commit"]) for row in rows}
@@ -71,13 +76,15 @@ def hardware(rows: list[dict]) -> str:
     return f"{joined(rows, 'device')}, {threads} thread{'s' * (threads != '1')}"
 
 
+def interval(values: list[float]) -> float:
+    """Half the width of Student's 95% interval of the mean."""
+    return STUDENT_T[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+
+
 def across_seeds(values: list[float]) -> str:
     """The mean, with Student's 95% interval if there are several seeds."""
     mean = number(statistics.fmean(values))
-    if len(values) == 1:
-        return mean
-    half = STUDENT_T[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean} ± {number(half)}"
+    return mean if len(values) == 1 else f"{mean} ± {number(interval(values))}"
 
 
 # ---------------------------------------------------------------------------- training runs
@@ -148,11 +155,43 @@ def results(path: Path) -> str:
         flags.append(f"{env_id} `--total-timesteps {planned}{' ' * bool(flag)}{flag}`")
         episodes |= {len(row["returns"].split()) for run in seeds.values() for row in run}
     several = any(row["seeds"] > 1 for row in table)
-    interval = ", ± Student's 95% interval over seeds" if several else ""
+    spread = ", ± Student's 95% interval over seeds" if several else ""
     note = (
         f"Returns are the mean of the last {LAST} evaluations of "
-        f"{' or '.join(map(str, sorted(episodes)))} episodes{interval}; *best* is the best "
+        f"{joined_numbers(episodes)} episodes{spread}; *best* is the best "
         f"evaluation so far. Flags beyond the defaults: {'; '.join(flags)}."
+    )
+    return markdown(table) + "\n\n" + note
+
+
+def ablation(path: Path) -> str:
+    """Variants of one setting, each against the one without flags of its own, seed by seed."""
+    table, found = [], experiments(path)
+    labels, episodes = names(found), set()
+    plain = {env_id: found[key] for key, (env_id, own) in labels.items() if not own}
+    for key, (env_id, own) in sorted(labels.items(), key=lambda item: item[1]):
+        row = {"environment": env_id, "variant": f"`{own}`" if own else "the default"}
+        row |= {"seeds": len(found[key])}
+        for mode, title in ("one_step", "one step"), ("best_of_n", "best of N"):
+            ends = [
+                {seed: statistics.fmean(curve(run, mode)[1][-ABLATION_LAST:]) for seed, run in runs}
+                for runs in (found[key].items(), plain[env_id].items())
+            ]
+            row[title] = across_seeds(list(ends[0].values()))
+            paired = [end - ends[1][seed] for seed, end in ends[0].items() if seed in ends[1]]
+            row[f"{title}, minus default"] = across_seeds(paired) if own else ""
+            if own and len(paired) > 1 and abs(statistics.fmean(paired)) > interval(paired):
+                row[f"{title}, minus default"] = f"**{row[f'{title}, minus default']}**"
+        table.append(row)
+        episodes |= {len(row["returns"].split()) for run in found[key].values() for row in run}
+    ends = [last(run) for seeds in found.values() for run in seeds.values()]
+    shared = set.intersection(*(set(re.split(r" (?=--)", key[-1])) for key in found))
+    note = (
+        f"Returns are the mean of the last {ABLATION_LAST} evaluations of "
+        f"{joined_numbers(episodes)} episodes, ± Student's 95% interval over seeds; differences "
+        "are taken seed by seed, bold where their interval excludes zero. "
+        f"{int(ends[0]['global_step']):,} steps, {int(ends[0]['updates']):,} updates, flags of "
+        f"all: `{' '.join(sorted(shared))}`; {hardware(ends)}, commit {commits(ends)}."
     )
     return markdown(table) + "\n\n" + note
 
@@ -312,11 +351,16 @@ def draw_learning_curves(path: Path, output: Path) -> None:
 
 TABLES = {  # name in the markers: (what writes it, from which CSV)
     "results-cpu": (results, "fpmd_online_cpu.csv"),
+    "meanflow-cpu": (results, "fpmd_meanflow_online_cpu.csv"),
+    "weight-modes": (ablation, "weight_modes_cpu.csv"),
     "reference-policies": (reference_policies, "reference_policies.csv"),
     "published": (published, "published_results.csv"),
     "update-cost": (update_cost, "update_cost_cpu.csv"),
 }
-CURVES = {"fpmd_online_cpu.png": "fpmd_online_cpu.csv"}
+CURVES = {
+    "fpmd_online_cpu.png": "fpmd_online_cpu.csv",
+    "fpmd_meanflow_online_cpu.png": "fpmd_meanflow_online_cpu.csv",
+}
 
 
 def rebuild(path: Path) -> tuple[str, list[str]]:

@@ -135,6 +135,32 @@ def test_results_table_says_what_the_runs_did(copy):
     assert "Ant-v4 `--total-timesteps 6000 --num-candidates 8`" in "\n".join(lines)
 
 
+def test_ablation_pairs_the_seeds(copy):
+    """Differences seed by seed over the last three evaluations: 4.303 sd / sqrt 3, two variants."""
+    runs, offsets = copy / "runs", {1: 0, 2: 500, 3: 1000}  # seeds differ more than variants
+    for seed, offset in offsets.items():
+        value = [offset + 10 * seed] * 3
+        write_run(runs / "a", "Ant-v4", seed, [7000, *value], [offset] * 4, utd=1.0)
+        better = [7000, *[v + 100 + seed for v in value]]
+        noisy = [offset + (seed - 2) * 300 + 100] * 4
+        write_run(runs / "b", "Ant-v4", seed, better, noisy, utd=1.0, weight_mode="none")
+    output = copy / "benchmark" / "results" / "weight_modes_cpu.csv"
+    program(copy, "collect.py", *runs.glob("*/*"), "--output", output)
+    (copy / "docs" / "page.md").write_text("<!-- table:weight-modes -->\n<!-- /table -->\n")
+    result = program(copy, "report.py", "--tables")
+    assert result.returncode == 0, result.stderr
+    lines = (copy / "docs" / "page.md").read_text().splitlines()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
+    head, _, *rows = table
+    default, none = (dict(zip(head, row, strict=True)) for row in rows)
+    assert default["variant"] == "the default" and default["one step, minus default"] == ""
+    assert none["variant"] == "`--weight-mode none`" and none["seeds"] == "3"
+    assert default["one step"] == "520 ± 1,267"  # 10, 520, 1030
+    assert none["one step, minus default"] == "**102 ± 2.5**"  # 101, 102, 103
+    assert none["best of N, minus default"] == "100 ± 745"  # -200, 100, 400
+    assert "flags of all: `--utd 1.0`" in "\n".join(lines)
+
+
 # ---------------------------------------------------------------------------- collect.py
 
 
