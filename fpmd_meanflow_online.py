@@ -462,6 +462,7 @@ class RunLogger:
 
     def __init__(self, args: Args, device: torch.device, run_dir: Path | None, global_step: int):
         self.run_dir = run_dir or self.create(args, device)
+        (self.run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         for path in self.run_dir.glob("*.csv"):  # what a resumed run repeats must not stand twice
             head, *rows = path.read_text().splitlines(keepends=True)
             rows = [r for r in rows if r[-1] == "\n" and int(r.split(",")[0]) <= global_step]
@@ -490,8 +491,7 @@ class RunLogger:
         gpu = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
         versions |= {"commit": run.stdout.strip(), "device": (gpu + cpu + [sys.platform])[0]}
         versions["threads"] = torch.get_num_threads()
-        for name, content in ("args", asdict(args)), ("versions", versions):
-            (run_dir / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        (run_dir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
         return run_dir
 
     def row(self, name: str, values: dict, plotted: dict) -> None:

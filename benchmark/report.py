@@ -164,6 +164,20 @@ def results(path: Path) -> str:
     return markdown(table) + "\n\n" + note
 
 
+def last_evaluations(path: Path) -> str:
+    """The very last evaluation of every run, to set beside single figures of other people's."""
+    table = []
+    for (_, env_id, _), seeds in experiments(path).items():
+        for seed, run in seeds.items():
+            end = last(run)
+            row = {"environment": env_id, "seed": seed, "steps": f"{int(end['global_step']):,}"}
+            row |= {"updates": f"{int(end['updates']):,}"}
+            for mode, title in ("one_step", "one step"), ("best_of_n", "best of N"):
+                row[title] = number(curve(run, mode)[1][-1])
+            table.append(row)
+    return markdown(table)
+
+
 def ablation(path: Path) -> str:
     """Variants of one setting, each against the one without flags of its own, seed by seed."""
     table, found = [], experiments(path)
@@ -352,6 +366,7 @@ def draw_learning_curves(path: Path, output: Path) -> None:
 TABLES = {  # name in the markers: (what writes it, from which CSV)
     "results-cpu": (results, "fpmd_online_cpu.csv"),
     "meanflow-cpu": (results, "fpmd_meanflow_online_cpu.csv"),
+    "meanflow-seeds": (last_evaluations, "fpmd_meanflow_online_cpu.csv"),
     "weight-modes": (ablation, "weight_modes_cpu.csv"),
     "reference-policies": (reference_policies, "reference_policies.csv"),
     "published": (published, "published_results.csv"),

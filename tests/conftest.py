@@ -1,11 +1,14 @@
-"""What all tests share: the scripts under test, small settings, main() in an empty folder."""
+"""What all tests share: the scripts under test, small settings, main() in an empty folder, a field
+and a network whose outputs are known independently."""
 
 import importlib
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*_online.py"))
@@ -46,3 +49,65 @@ def run(script, tmp_path, monkeypatch):
 
 def load(run_dir: Path, name: str = "checkpoint.pt") -> dict:
     return torch.load(run_dir / name, weights_only=True)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class OneStep(nn.Module):
+    """A field whose one step over all of the flow's time carries noise z to carry(z).
+
+    Asked for v(s, z, t) it answers what is added to z; for u(s, z, r, t), what is subtracted.
+    """
+
+    def __init__(self, carry, act_dim=1):
+        super().__init__()
+        self.carry, self.act_dim, self.calls = carry, act_dim, []
+
+    def forward(self, obs, z, *times):
+        self.calls.append((obs, z, *times))
+        step = self.carry(z) - z
+        return step if len(times) == 1 else -step
+
+
+def fit(script, draw, updates, lr, hidden_dim):
+    """The policy after regression on targets and weights, draw(256) -> (256, act_dim), (256,).
+
+    Steps are the script's own update_policy, the learning rate falls to 0.
+    """
+    torch.manual_seed(0)
+    act_dim, obs, generator = draw(256)[0].shape[1], torch.zeros(256, 1), rng()
+    rates = {"policy_lr": (lr, 0.0), "policy_lr_decay": (0, updates), "policy_delay": 1}
+    args = script.Args(**rates, hidden_dim=hidden_dim)
+    agent = script.Agent(1, act_dim, args, torch.device("cpu"))
+    for agent.updates in range(updates):
+        script.update_policy(agent, obs, *draw(256), args, generator)
+    return agent.policy
+
+
+def randomise(module, seed):
+    """Weights and biases of a size that makes every equation matter."""
+    generator = rng(seed)
+    for p in module.parameters():
+        p.data = 0.5 * torch.randn(p.shape, generator=generator)
+
+
+def numpy_mlp(net, x):
+    """The script's linear layers, LayerNorm and Mish, in float64."""
+    for module in net:
+        weights = [p.detach().double().numpy() for p in module.parameters()]
+        if isinstance(module, nn.Linear):
+            x = x @ weights[0].T + weights[1]
+        elif isinstance(module, nn.LayerNorm):
+            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+            x = x * weights[0] + weights[1]
+        else:
+            x = x * np.tanh(np.log1p(np.exp(x)))
+    return x
+
+
+def numpy_time_embedding(t):
+    """0.25 [sin(t f), cos(t f)] with f_j = 10000^(-j/8), (..., 1) -> (..., 16)."""
+    angles = t * 10_000.0 ** (-np.arange(8) / 8)
+    return 0.25 * np.concatenate([np.sin(angles), np.cos(angles)], -1)

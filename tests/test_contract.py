@@ -120,6 +120,20 @@ def test_documented_commands_work(command, tmp_path, monkeypatch):
 )
 def test_bad_input_is_refused(script, tmp_path, monkeypatch, capsys, flags, message):
     """One clear line, exit status 2, and nothing new on disk."""
+    assert_refused(script, tmp_path, monkeypatch, capsys, flags, message)
+
+
+@pytest.mark.parametrize("script", ["fpmd_meanflow_online"], indirect=True)
+@pytest.mark.parametrize("value", ["-0.1", "1.1", "nan"])
+def test_share_of_instant_pairs_is_a_share(script, tmp_path, monkeypatch, capsys, value):
+    message = f"--p-instant {value} must be 0 or more and at most 1"
+    flags = f"--p-instant={value}"
+    assert_refused(script, tmp_path, monkeypatch, capsys, flags, message)
+    for share in 0.0, 1.0:
+        script.check_args(script.Args(p_instant=share, device="cpu"))
+
+
+def assert_refused(script, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "truncated.pt").write_bytes(b"PK\x03\x04 and then nothing")
     torch.save({"weights": torch.zeros(1)}, tmp_path / "foreign.pt")
@@ -168,6 +182,14 @@ def test_resume_starts_from_the_stored_arguments(script, run):
     )
 
 
+def test_a_resumed_run_says_how_far_it_went(script, run):
+    """args.json holds what the run was last told, or reports would call it unfinished."""
+    run_dir = run(env_id="Hopper-v4", total_timesteps=200)
+    args = script.Args(**load(run_dir)["args"])
+    script.main(replace(args, resume=str(run_dir), total_timesteps=220))
+    assert json.loads((run_dir / "args.json").read_text())["total_timesteps"] == 220
+
+
 # ------------------------------------------------------------------ files and environments
 
 
@@ -192,7 +214,7 @@ def test_run_directory(script, run):
     assert steps == [200, 300, 400]
     saved = load(run_dir, "policy.pt")
     assert set(saved) == {"policy", "critics", "args", "global_step"}
-    policy = script.VelocityField(1, 1, 16)
+    policy = script.Agent(1, 1, script.Args(hidden_dim=16), torch.device("cpu")).policy
     assert set(saved["policy"]) == {name for name, _ in policy.named_parameters()}
     assert type(saved["args"]) is dict and saved["global_step"] == 400
     policy.load_state_dict(saved["policy"])
@@ -276,10 +298,10 @@ def test_video_of_a_replay(script, run, backend):
 
 
 def agents_after(script, updates, compiled, **changes):
-    args = script.Args(**(SMALL | changes))
+    args = script.Args(**SMALL, **changes, compile=compiled)  # compiles the policy's loss
     torch.manual_seed(0)
     agent = script.Agent(3, 2, args, torch.device("cpu"))
-    if compiled:
+    if compiled:  # as main does
         for network in (agent.policy, agent.critic, agent.target_critic):
             network.compile(dynamic=False)
     rng = torch.Generator().manual_seed(0)
@@ -295,6 +317,7 @@ def agents_after(script, updates, compiled, **changes):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_updates_equal_eager_ones(script):
     """Parameters, targets, statistics and optimizer state after 20 updates, to rounding."""
+    torch._dynamo.reset()
     (eager, eager_opt), (fast, fast_opt) = (agents_after(script, 20, c) for c in (False, True))
     assert eager.keys() == fast.keys()  # no _orig_mod.
     for key in eager:
@@ -303,6 +326,20 @@ def test_compiled_updates_equal_eager_ones(script):
         for index, state in eager_opt[key].items():
             for name, value in state.items():
                 torch.testing.assert_close(fast_opt[key][index][name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_main_compiles_what_an_update_runs(script, run, monkeypatch):
+    """--compile: the policy's loss, and the networks that generate, rank and make targets."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, dynamic: compiled.append(type(module).__name__)
+    )
+    for flag in False, True:
+        assert compiled == []
+        run(env_id="probe_envs:Constant-v0", total_timesteps=110, utd=0.1, compile=flag)
+    policy = type(script.Agent(1, 1, script.Args(hidden_dim=1), torch.device("cpu")).policy)
+    assert compiled == [script.policy_loss, policy.__name__, "TwinCritic", "TwinCritic"]
 
 
 # ------------------------------------------------------------------ the text of the scripts
@@ -375,7 +412,8 @@ def test_probe_envs_are_valid_environments():
         check_env(gym.make(f"probe_envs:{name}-v0").unwrapped, skip_render_check=True)
 
 
-def test_readme_snippet_acts(run, monkeypatch):
+@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
+def test_readme_snippet_acts(script, run, monkeypatch):
     """The lines that load a policy and act, as printed."""
     run_dir = run(env_id="Hopper-v4", total_timesteps=150)
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

@@ -1,4 +1,5 @@
-"""Flow maths: Euler sampling, the conditional flow matching loss, acting, and the small layers."""
+"""Flow maths of FPMD-R, Euler sampling and the conditional flow matching loss; acting and the small
+layers of every script. FPMD-M's own are in test_meanflow.py."""
 
 import copy
 import math
@@ -6,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import OneStep, numpy_mlp, numpy_time_embedding, randomise, rng
 from torch import nn
 
 import fpmd_online as fpmd
@@ -31,15 +33,20 @@ def generate(velocity, noise, flow_steps):
     return fpmd.generate(Field(velocity, noise.shape[-1]), obs, noise, flow_steps)
 
 
+def make_agent(script, obs_dim=3, act_dim=2, field=None, seed=0, **changes):
+    """A small agent and its args; field, if any, takes the place of the slow policy."""
+    torch.manual_seed(seed)
+    args = script.Args(**{"hidden_dim": 16, "num_candidates": 4, "flow_steps": 3} | changes)
+    agent = script.Agent(obs_dim, act_dim, args, torch.device("cpu"))
+    agent.target_policy = field or agent.target_policy
+    return agent, args
+
+
 def count_calls(module):
     """A list that grows by one with every forward pass of module."""
     calls = []
     module.register_forward_hook(lambda *_: calls.append(1))
     return calls
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 # ---------------------------------------------------------------------------- generate
@@ -108,6 +115,19 @@ def test_one_step_of_a_gaussian_flow_is_the_mean():
     noise = torch.linspace(-3, 3, 13, dtype=f64)[:, None]
     actions = generate(gaussian_velocity(0.4, 0.3), noise, 1)
     torch.testing.assert_close(actions, torch.full_like(noise, 0.4))
+
+
+def test_velocity_field_broadcasts_over_candidates_and_times():
+    """(N, B, act_dim) points with one time give row by row what (B, act_dim) with B times give."""
+    torch.manual_seed(0)
+    policy = fpmd.VelocityField(3, 2, hidden_dim=16)
+    obs, z = torch.randn(6, 3), torch.randn(4, 6, 2)
+    with torch.no_grad():
+        together = policy(obs, z, torch.full((1,), 0.3))
+        alone = torch.stack([policy(obs, row, torch.full((6, 1), 0.3)) for row in z])
+        later = policy(obs, z, torch.full((1,), 0.8))
+    torch.testing.assert_close(together, alone)
+    assert (together - later).abs().max() > 1e-3  # the time is really used
 
 
 # ---------------------------------------------------------------------------- policy_loss
@@ -193,45 +213,39 @@ def test_policy_gradient_against_finite_differences():
         assert slope == pytest.approx((gradient * direction).sum().item(), rel=1e-5, abs=1e-8)
 
 
-# ---------------------------------------------------------------------------- acting
+def test_policy_loss_of_the_network_against_numpy():
+    """The real network in float32, time embedding included, against float64."""
+    policy, (obs, a, w, e, t) = fpmd.VelocityField(3, 2, hidden_dim=16), flow_batch()
+    randomise(policy, 1)
+    loss = fpmd.policy_loss(policy, *(x.float() for x in (obs, a, w, e, t)))
+    obs, a, w, e, t = (x.numpy() for x in (obs, a, w, e, t))
+    embedding = numpy_mlp(policy.time_mlp, numpy_time_embedding(t))
+    v = numpy_mlp(policy.net, np.concatenate([obs, (1 - t) * e + t * a, embedding], -1))
+    expected = np.mean(w[:, None] * (v - (a - e)) ** 2)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-def make_agent(obs_dim=3, act_dim=2, field=None, **changes):
-    """A small agent and its args; field, if any, takes the place of the slow policy."""
-    torch.manual_seed(0)
-    args = fpmd.Args(**{"hidden_dim": 16, "num_candidates": 4, "flow_steps": 3} | changes)
-    agent = fpmd.Agent(obs_dim, act_dim, args, torch.device("cpu"))
-    agent.target_policy = field or agent.target_policy
-    return agent, args
+def test_times_are_uniform():
+    """Every policy step draws t ~ U(0, 1), one per sample."""
+    agent, args = make_agent(fpmd)
+    times, loss = [], agent.policy_loss
 
+    def catch(policy, obs, actions, w, noise, t):
+        times.append(t)
+        return loss(policy, obs, actions, w, noise, t)
 
-def test_propose_counts_steps_and_noises_every_candidate():
-    """N candidates by T evaluations each; exploration noise is independent per candidate."""
-    args = fpmd.Args(num_candidates=5, flow_steps=3)
-    field, obs, quiet, loud = Field(lambda z, t: -z), torch.zeros(4_000, 3), *torch.tensor([0, 0.2])
-    plain = fpmd.propose(field, obs, quiet, args, rng())
-    noise = fpmd.propose(field, obs, loud, args, rng()) - plain
-    assert plain.shape == (5, 4_000, 1) and len(field.calls) == 2 * 3
-    assert noise.std().item() == pytest.approx(0.2, rel=0.03)  # 20,000 draws: 0.5 %
-    correlations = torch.corrcoef(torch.cat([noise, plain]).squeeze(-1))
-    assert (correlations - torch.eye(10)).abs().max() < 0.08  # five std of 4,000 draws
-
-
-@pytest.mark.parametrize("mode", ["explore", "best_of_n", "one_step"])
-@pytest.mark.parametrize("prior_std", [0.1, 0.25])
-def test_prior_std_scales_the_noise(prior_std, mode):
-    """With v = 0 an action is its noise z_0 ~ N(0, prior_std^2)."""
-    field = Field(lambda z, t: torch.zeros_like(z))
-    changes = {"prior_std": prior_std, "num_candidates": 1, "noise_scale": 0.0}
-    agent, args = make_agent(act_dim=1, field=field, **changes)
-    actions = fpmd.act(agent, torch.zeros(20_000, 3), args, rng(), mode)
-    assert actions.mean().item() == pytest.approx(0, abs=0.03 * prior_std)  # 0.7 % is one std
-    assert actions.std().item() == pytest.approx(prior_std, rel=0.03)  # 0.5 % is one std
+    agent.policy_loss, n = catch, 20_000
+    fpmd.update_policy(agent, torch.zeros(n, 3), torch.zeros(n, 2), torch.ones(n), args, rng())
+    t = times[0].squeeze(-1).sort().values
+    distance = (t - torch.arange(n) / n).abs().max()
+    assert (
+        times[0].shape == (n, 1) and distance < 0.015
+    )  # Kolmogorov: 95 % of draws are below 0.0096
 
 
 def test_one_step_is_one_evaluation_at_noise():
     """a = clip(z_0 + v(s, z_0, 0)): one call of the slow policy, no critic, inside the box."""
-    agent, args = make_agent(flow_steps=20)
+    agent, args = make_agent(fpmd, flow_steps=20)
     policy, obs, inputs = agent.target_policy, torch.randn(500, 3), []
     with torch.no_grad():
         policy.net[-1].weight *= 5  # many actions beyond the box
@@ -240,6 +254,7 @@ def test_one_step_is_one_evaluation_at_noise():
     actions = fpmd.act(agent, obs, args, rng(), "one_step")
     assert len(inputs) == 1 and others == [[], [], []]
     _, noise, t = inputs[0]
+    assert noise.equal(args.prior_std * torch.randn((500, 2), generator=rng()))
     with torch.no_grad():
         unclipped = noise + policy(obs, noise, torch.zeros(1))
     assert t.abs().max() == 0 and actions.shape == (500, 2) and not actions.requires_grad
@@ -247,38 +262,66 @@ def test_one_step_is_one_evaluation_at_noise():
     torch.testing.assert_close(actions, unclipped.clamp(-1, 1))
 
 
+# ---------------------------------------------------------------------------- acting
+
+
+def test_propose_counts_steps_and_noises_every_candidate(script):
+    """N candidates by T evaluations each; exploration noise is independent per candidate."""
+    args = script.Args(num_candidates=5, flow_steps=3)
+    field, obs = OneStep(lambda z: 0.5 * z), torch.zeros(4_000, 3)
+    quiet, loud = torch.tensor([0, 0.2])
+    plain = script.propose(field, obs, quiet, args, rng())
+    noise = script.propose(field, obs, loud, args, rng()) - plain
+    assert plain.shape == (5, 4_000, 1) and len(field.calls) == 2 * 3
+    assert noise.std().item() == pytest.approx(0.2, rel=0.03)  # 20,000 draws: 0.5 %
+    correlations = torch.corrcoef(torch.cat([noise, plain]).squeeze(-1))
+    assert (correlations - torch.eye(10)).abs().max() < 0.08  # five std of 4,000 draws
+
+
+@pytest.mark.parametrize("mode", ["explore", "best_of_n", "one_step"])
+@pytest.mark.parametrize("prior_std", [0.1, 0.25])
+def test_prior_std_scales_the_noise(script, prior_std, mode):
+    """Without velocity an action is its noise ~ N(0, prior_std^2)."""
+    field = OneStep(lambda z: z)
+    changes = {"prior_std": prior_std, "num_candidates": 1, "noise_scale": 0.0}
+    agent, args = make_agent(script, act_dim=1, field=field, **changes)
+    actions = script.act(agent, torch.zeros(20_000, 3), args, rng(), mode)
+    assert actions.mean().item() == pytest.approx(0, abs=0.03 * prior_std)  # 0.7 % is one std
+    assert actions.std().item() == pytest.approx(prior_std, rel=0.03)  # 0.5 % is one std
+
+
 @pytest.mark.parametrize("mode", ["explore", "best_of_n"])
-def test_act_samples_the_slow_policy_and_ranks_with_the_online_critic(mode):
+def test_act_samples_the_slow_policy_and_ranks_with_the_online_critic(script, mode):
     """T evaluations of target_policy, one of critic, none of policy and target_critic."""
-    agent, args = make_agent(flow_steps=7, prior_std=1.0)
+    agent, args = make_agent(script, flow_steps=7, prior_std=1.0)
     names = "target_policy", "policy", "critic", "target_critic"
     calls = [count_calls(getattr(agent, name)) for name in names]
-    actions = fpmd.act(agent, torch.randn(100, 3), args, rng(), mode)
+    actions = script.act(agent, torch.randn(100, 3), args, rng(), mode)
     assert [len(c) for c in calls] == [7, 0, 1, 0]
     assert actions.shape == (100, 2) and not actions.requires_grad
     assert actions.abs().max() == 1  # with N(0, 1) noise some action meets the box, none leaves it
 
 
 @pytest.mark.parametrize("mode", ["explore", "best_of_n", "one_step"])
-def test_act_follows_the_weights_of_the_slow_policy(mode):
+def test_act_follows_the_weights_of_the_slow_policy(script, mode):
     """New online weights change nothing, new slow weights change every action."""
-    agent, args = make_agent()
+    agent, args = make_agent(script)
     obs = torch.randn(50, 3)
-    before = fpmd.act(agent, obs, args, rng(), mode)
-    agent.policy = fpmd.VelocityField(3, 2, hidden_dim=16)
-    assert fpmd.act(agent, obs, args, rng(), mode).equal(before)
+    before = script.act(agent, obs, args, rng(), mode)
+    agent.policy = make_agent(script, seed=1)[0].policy
+    assert script.act(agent, obs, args, rng(), mode).equal(before)
     agent.target_policy = copy.deepcopy(agent.policy)
-    unchanged = fpmd.act(agent, obs, args, rng(), mode).isclose(before).all(-1)
+    unchanged = script.act(agent, obs, args, rng(), mode).isclose(before).all(-1)
     assert unchanged.float().mean() < 0.2  # those in a corner of the box both times
 
 
-def test_exploration_noise_is_alpha_times_noise_scale():
+def test_exploration_noise_is_alpha_times_noise_scale(script):
     """explore adds N(0, (alpha noise_scale)^2), the other modes add nothing."""
-    field = Field(lambda z, t: -3 * z if t == 0 else torch.zeros_like(z))  # carries noise to 0
-    changes = {"noise_scale": 0.02, "num_candidates": 1, "alpha_init": 4.0}
-    agent, args = make_agent(act_dim=1, field=field, **changes)
+    field = OneStep(torch.zeros_like)
+    changes = {"noise_scale": 0.02, "num_candidates": 1, "alpha_init": 4.0, "flow_steps": 1}
+    agent, args = make_agent(script, act_dim=1, field=field, **changes)
     noisy, quiet = (
-        fpmd.act(agent, torch.zeros(20_000, 3), args, rng(), mode)
+        script.act(agent, torch.zeros(20_000, 3), args, rng(), mode)
         for mode in ("explore", "best_of_n")
     )
     assert quiet.abs().max() < 1e-6
@@ -289,10 +332,10 @@ def test_exploration_noise_is_alpha_times_noise_scale():
 
 
 @pytest.fixture(params=[False, True], ids=["eager", "compiled"])
-def mish(request, monkeypatch):
+def mish(script, request, monkeypatch):
     """Mish by either of its formulas; the compiled one is run eagerly here."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param)
-    return fpmd.Mish()
+    return script.Mish()
 
 
 def test_mish_and_its_gradient_match_torch(mish):
@@ -313,63 +356,19 @@ def test_mish_does_not_overflow_in_float32(mish):
     torch.testing.assert_close(gradient, torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0]))
 
 
-def test_time_embedding_against_numpy():
+def test_time_embedding_against_numpy(script):
     """0.25 [sin(t f), cos(t f)] with f_j = 10000^(-j/8), of the raw flow time."""
     t = np.linspace(0, 1, 21)[:, None]
-    angles = t * 10_000.0 ** (-np.arange(8) / 8)
-    expected = 0.25 * np.concatenate([np.sin(angles), np.cos(angles)], -1)
-    ours = fpmd.time_embedding(torch.tensor(t, dtype=torch.float32))
-    np.testing.assert_allclose(ours.numpy(), expected, rtol=0, atol=2e-7)  # float32
+    ours = script.time_embedding(torch.tensor(t, dtype=torch.float32))
+    np.testing.assert_allclose(ours.numpy(), numpy_time_embedding(t), rtol=0, atol=2e-7)  # float32
 
 
-def test_initial_weights_are_cut_normal_with_fan_in():
+def test_initial_weights_are_cut_normal_with_fan_in(script):
     """Weights N(0, 1 / fan_in) cut at two std (so of std 0.88 / sqrt(fan_in)), biases zero."""
     torch.manual_seed(0)
-    linears = [m for m in fpmd.mlp(100, 400, 300, 7) if isinstance(m, nn.Linear)]
+    linears = [m for m in script.mlp(100, 400, 300, 7) if isinstance(m, nn.Linear)]
     assert [(m.in_features, m.out_features) for m in linears] == [(100, 400), (400, 300), (300, 7)]
     for linear in linears:
         scaled = linear.weight.detach() * linear.in_features**0.5
         assert scaled.abs().max() <= 2 and not linear.bias.any()
         assert scaled.std().item() == pytest.approx(0.8796, rel=0.04)  # 2,100 draws: 1.3 %
-
-
-def test_velocity_field_broadcasts_over_candidates_and_times():
-    """(N, B, act_dim) points with one time give row by row what (B, act_dim) with B times give."""
-    torch.manual_seed(0)
-    policy = fpmd.VelocityField(3, 2, hidden_dim=16)
-    obs, z = torch.randn(6, 3), torch.randn(4, 6, 2)
-    with torch.no_grad():
-        together = policy(obs, z, torch.full((1,), 0.3))
-        alone = torch.stack([policy(obs, row, torch.full((6, 1), 0.3)) for row in z])
-        later = policy(obs, z, torch.full((1,), 0.8))
-    torch.testing.assert_close(together, alone)
-    assert (together - later).abs().max() > 1e-3  # the time is really used
-
-
-# ---------------------------------------------------------------------------- learning
-
-
-def test_flow_learns_four_modes_that_one_step_cannot_keep():
-    """Twenty Euler steps hit all modes of a 2-D mixture; one step collapses towards their mean."""
-    torch.manual_seed(0)
-    modes = torch.tensor([[0.5, 0.5], [0.5, -0.5], [-0.5, 0.5], [-0.5, -0.5]])
-    policy, batch = fpmd.VelocityField(1, 2, hidden_dim=64), 256
-    optimizer = torch.optim.Adam(policy.parameters(), 2e-3)
-    obs, w, updates = torch.zeros(batch, 1), torch.ones(batch), 2_000
-    for update in range(updates):
-        actions = modes[torch.randint(4, (batch,))] + 0.05 * torch.randn(batch, 2)
-        loss = fpmd.policy_loss(
-            policy, obs, actions, w, torch.randn(batch, 2), torch.rand(batch, 1)
-        )
-        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - update / updates)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    obs, noise = torch.zeros(2_000, 1), torch.randn(2_000, 2)
-    with torch.no_grad():
-        many, one = (fpmd.generate(policy, obs, noise, steps) for steps in (20, 1))
-    near, mode = torch.cdist(many, modes).min(1)
-    assert near.mean() < 0.15  # 0.06 for perfect samples
-    assert (torch.bincount(mode, minlength=4) / 2_000 > 0.15).all()  # each mode holds a quarter
-    assert torch.cdist(one, modes).amin(1).mean() > 0.5  # the centre is 0.71 away
-    assert one.std(0).max() < 0.25

@@ -6,9 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
-import fpmd_online as fpmd
+from conftest import numpy_mlp, randomise, rng
 
 torch.set_num_threads(1)
 
@@ -16,10 +14,10 @@ OBS, ACT, BATCH = 4, 2, 32
 MODES = ["temperature", "clip_alpha", "none", "particles"]
 
 
-def make_agent(act_dim=ACT, seed=0, **changes):
+def make_agent(script, act_dim=ACT, seed=0, **changes):
     torch.manual_seed(seed)
-    args = fpmd.Args(**{"hidden_dim": 16, "num_candidates": 4, "flow_steps": 3} | changes)
-    return fpmd.Agent(OBS, act_dim, args, torch.device("cpu")), args
+    args = script.Args(**{"hidden_dim": 16, "num_candidates": 4, "flow_steps": 3} | changes)
+    return script.Agent(OBS, act_dim, args, torch.device("cpu")), args
 
 
 def make_batch(seed=0, dtype=torch.float32):
@@ -31,20 +29,16 @@ def make_batch(seed=0, dtype=torch.float32):
     return {key: torch.tensor(value, dtype=dtype) for key, value in batch.items()}
 
 
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def spy(monkeypatch, name):
-    """Let a function of the script run as ever, and keep (arguments, result) of every call."""
-    function, calls = getattr(fpmd, name), []
+def spy(monkeypatch, owner, name):
+    """Let a function of script or agent run as ever, and keep (arguments, result) of every call."""
+    function, calls = getattr(owner, name), []
 
     def wrapper(*args):
         snapshot = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
         calls.append((snapshot, function(*args)))
         return calls[-1][1]
 
-    monkeypatch.setattr(fpmd, name, wrapper)
+    monkeypatch.setattr(owner, name, wrapper)
     return calls
 
 
@@ -60,24 +54,50 @@ def equal(xs, ys):
 # ---------------------------------------------------------------------------- sizes
 
 
-def test_parameter_counts_on_ant():
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_parameter_counts_on_ant(script):
     """The published networks: 27 observations and 8 actions of Ant-v4, hidden layers of 256."""
-    agent = fpmd.Agent(27, 8, fpmd.Args(), torch.device("cpu"))
-
-    def count(module):
-        return sum(p.numel() for p in module.parameters())
-
+    agent = script.Agent(27, 8, script.Args(), torch.device("cpu"))
+    policy = {"fpmd_online": 148_024, "fpmd_meanflow_online": 153_192}[script.__name__]
     assert count(agent.critic.q1) == count(agent.critic.q2) == 141_057
-    assert count(agent.policy) == 148_024
+    assert count(agent.policy) == policy
     trained = [p for p in agent.parameters() if p.requires_grad]
-    assert sum(p.numel() for p in trained) == 430_139  # policy, twins, log alpha
+    assert sum(p.numel() for p in trained) == policy + 2 * 141_057 + 1  # policy, twins, log alpha
     optimized = [p for o in agent.optimizers.values() for g in o.param_groups for p in g["params"]]
     assert {id(p) for p in optimized} == {id(p) for p in trained}
 
 
-def test_slow_copies_start_equal_and_frozen():
+def test_critic_layer_norm_stands_before_every_activation(script):
+    """Linear, LayerNorm, Mish in each hidden layer of the critics, none where it is not asked."""
+    agent, _ = make_agent(script, critic_layer_norm=True)
+    plain, _ = make_agent(script)
+    for critic in agent.critic, agent.target_critic:
+        for net in critic.q1, critic.q2:
+            names = [type(module).__name__ for module in net]
+            assert names == ["Linear", "LayerNorm", "Mish"] * 3 + ["Linear"]
+            assert count(net) == count(plain.critic.q1) + 3 * 2 * 16
+    for module in *plain.modules(), *agent.policy.modules():
+        assert type(module).__name__ != "LayerNorm"
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_policy_loss_is_compiled_when_asked(script, compiled, monkeypatch):
+    """With --compile every policy step runs what torch.compile made of policy_loss."""
+    monkeypatch.setattr(torch, "compile", lambda function: lambda *args: 2 * function(*args))
+    agent, args = make_agent(script, compile=compiled)
+    loss, batch = spy(monkeypatch, agent, "policy_loss"), make_batch()
+    script.update(agent, batch, args, rng())
+    (arguments, result), policy = loss[0], make_agent(script)[0].policy
+    plain = script.policy_loss(policy, *arguments[1:])
+    assert result.item() == pytest.approx((1 + compiled) * plain.item())
+
+
+def test_slow_copies_start_equal_and_frozen(script):
     """Targets begin as copies that no optimizer and no gradient touches; the twins differ."""
-    agent, _ = make_agent()
+    agent, _ = make_agent(script)
     pairs = (agent.policy, agent.target_policy), (agent.critic, agent.target_critic)
     for fast, slow in pairs:
         assert all(equal(values(fast), values(slow)))
@@ -89,23 +109,23 @@ def test_slow_copies_start_equal_and_frozen():
 # ---------------------------------------------------------------------------- isolation
 
 
-def test_policy_step_leaves_the_critic_alone():
+def test_policy_step_leaves_the_critic_alone(script):
     """update_policy moves policy and slow copies only, and no gradient reaches a critic."""
-    agent, args = make_agent()
+    agent, args = make_agent(script)
     critic, policy, log_alpha = values(agent.critic), values(agent.policy), agent.log_alpha.item()
     arguments = torch.randn(BATCH, OBS), torch.randn(BATCH, ACT), torch.ones(BATCH)
-    loss = fpmd.update_policy(agent, *arguments, args, rng())
+    loss = script.update_policy(agent, *arguments, args, rng())
     assert all(equal(critic, values(agent.critic))) and agent.log_alpha.item() == log_alpha
     assert not any(equal(policy, values(agent.policy)))
     assert all(p.grad is None for p in agent.critic.parameters()) and not loss.requires_grad
 
 
-def test_critic_step_leaves_the_policy_alone():
+def test_critic_step_leaves_the_policy_alone(script):
     """Between policy updates neither the policy nor a slow copy moves, the critic always does."""
-    agent, args = make_agent(policy_delay=3)
+    agent, args = make_agent(script, policy_delay=3)
     for update in range(7):
         old = {name: values(module) for name, module in agent.named_children()}
-        metrics = fpmd.update(agent, make_batch(update), args, rng(update))
+        metrics = script.update(agent, make_batch(update), args, rng(update))
         same = {name: equal(old[name], values(module)) for name, module in agent.named_children()}
         assert not any(same.pop("critic"))
         for name, tensors in same.items():
@@ -115,41 +135,47 @@ def test_critic_step_leaves_the_policy_alone():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_policy_loss_gets_constants(mode, monkeypatch):
+def test_policy_loss_gets_constants(script, mode, monkeypatch):
     """Neither targets nor weights carry a gradient, or the policy step would train the critics."""
-    agent, args = make_agent(weight_mode=mode)
-    calls = spy(monkeypatch, "policy_loss")
-    fpmd.update(agent, make_batch(), args, rng())
-    (_, obs, actions, w, noise, t), loss = calls[0]
-    assert not any(x.requires_grad for x in (obs, actions, w, noise, t)) and loss.requires_grad
+    agent, args = make_agent(script, weight_mode=mode)
+    calls = spy(monkeypatch, agent, "policy_loss")
+    script.update(agent, make_batch(), args, rng())
+    (_, obs, actions, w, *noise_and_times), loss = calls[0]
+    assert not any(x.requires_grad for x in (obs, actions, w, *noise_and_times))
+    assert loss.requires_grad and len(noise_and_times) >= 2
     assert actions.abs().max() <= 1 and w.shape == (BATCH,)
 
 
-def test_policy_trains_at_the_next_state_with_the_td_action(monkeypatch):
-    """One generation serves both losses: s' and its best of N; noise is N(0, I), t uniform."""
-    agent, args = make_agent()
-    critic_calls, policy_calls = spy(monkeypatch, "critic_loss"), spy(monkeypatch, "policy_loss")
-    generations = spy(monkeypatch, "generate")
+def test_policy_trains_at_the_next_state_with_the_td_action(script, monkeypatch):
+    """One generation serves both losses: s' and its best of N; noise is N(0, I), whatever the time.
+
+    How times are drawn is in test_flow.py and test_meanflow.py.
+    """
+    agent, args = make_agent(script)
+    critic_calls = spy(monkeypatch, script, "critic_loss")
+    policy_calls = spy(monkeypatch, agent, "policy_loss")
+    generations = spy(monkeypatch, script, "generate")
     batch = {key: x.repeat_interleave(200, 0) for key, x in make_batch().items()}
-    fpmd.update(agent, batch, args, rng())
-    (_, obs, actions, _, noise, t), _ = policy_calls[0]
+    script.update(agent, batch, args, rng())
+    (_, obs, actions, _, noise, *times), _ = policy_calls[0]
     assert len(generations) == 1 and generations[0][0][0] is agent.policy
     assert obs.equal(batch["next_obs"]) and actions.equal(critic_calls[0][0][3])
+    assert noise.shape == actions.shape
     assert noise.std().item() == pytest.approx(1, abs=0.04)  # 12,800 draws: 0.6 %
-    assert t.shape == (6_400, 1) and 0 <= t.min() < 0.01 and 0.99 < t.max() <= 1
-    assert t.mean().item() == pytest.approx(0.5, abs=0.02)  # 0.4 % is one std
-    assert abs(torch.corrcoef(torch.cat([t, noise], 1).T)[0, 1:]).max() < 0.06  # 1.2 %
+    for t in times:
+        assert t.shape == (6_400, 1)
+        assert abs(torch.corrcoef(torch.cat([t, noise], 1).T)[0, 1:]).max() < 0.06  # 1.2 %
 
 
 @pytest.mark.parametrize("tau", [0.005, 0.3])
-def test_slow_copies_move_by_tau(tau):
+def test_slow_copies_move_by_tau(script, tau):
     """slow <- (1 - tau) slow + tau fast with the fast weights after their step."""
-    agent, args = make_agent(tau=tau)
-    fpmd.update(agent, make_batch(), args, rng())  # fast and slow part
+    agent, args = make_agent(script, tau=tau)
+    script.update(agent, make_batch(), args, rng())  # fast and slow part
     pairs = (agent.policy, agent.target_policy), (agent.critic, agent.target_critic)
     old = [values(slow) for _, slow in pairs]
-    fpmd.update(agent, make_batch(1), args, rng(1))  # moves the critic alone
-    fpmd.update(agent, make_batch(2), args, rng(2))
+    script.update(agent, make_batch(1), args, rng(1))  # moves the critic alone
+    script.update(agent, make_batch(2), args, rng(2))
     for before, (fast, slow) in zip(old, pairs, strict=True):
         for b, f, s in zip(before, values(fast), values(slow), strict=True):
             assert not s.equal(b)
@@ -157,14 +183,17 @@ def test_slow_copies_move_by_tau(tau):
 
 
 @pytest.mark.parametrize("critic_steps", [1, 2])
-def test_critic_steps_repeat_adam_on_one_gradient(critic_steps, monkeypatch):
+def test_critic_steps_repeat_adam_on_one_gradient(script, critic_steps, monkeypatch):
     """critic_steps Adam steps per update, all on the gradient at the weights before them."""
-    agent, args = make_agent(critic_steps=critic_steps, critic_lr=1e-3)
+    agent, args = make_agent(script, critic_steps=critic_steps, critic_lr=1e-3)
     manual = copy.deepcopy(agent.critic)
-    adam, calls = torch.optim.Adam(manual.parameters(), 1e-3), spy(monkeypatch, "critic_loss")
+    adam, calls = (
+        torch.optim.Adam(manual.parameters(), 1e-3),
+        spy(monkeypatch, script, "critic_loss"),
+    )
     for update in range(2):
         batch, target = make_batch(update), copy.deepcopy(agent.target_critic)
-        fpmd.update(agent, batch, args, rng(update))
+        script.update(agent, batch, args, rng(update))
         next_actions = calls[-1][0][3]
         with torch.no_grad():
             next_q = target(batch["next_obs"], next_actions).amin(0)
@@ -180,28 +209,31 @@ def test_critic_steps_repeat_adam_on_one_gradient(critic_steps, monkeypatch):
     assert steps == {2 * critic_steps}
 
 
-def test_policy_steps_are_adam_on_the_policy_loss(monkeypatch):
-    """Every policy update is one Adam step on this update's gradient alone."""
-    agent, args = make_agent()
-    manual, calls = copy.deepcopy(agent.policy), spy(monkeypatch, "policy_loss")
-    adam = torch.optim.Adam(manual.parameters(), 3e-4)
+def test_policy_steps_are_adam_on_the_policy_loss(script, monkeypatch):
+    """Every policy update is one Adam step on this update's gradient alone, to its own targets."""
+    agent, args = make_agent(script)
+    manual, calls = copy.deepcopy(agent.policy), spy(monkeypatch, agent, "policy_loss")
+    adam, steps = (
+        torch.optim.Adam(manual.parameters(), 3e-4),
+        spy(monkeypatch, script, "update_policy"),
+    )
     for update in range(5):
-        fpmd.update(agent, make_batch(update), args, rng(update))
-    for (_, obs, actions, w, noise, t), _ in list(calls):
+        script.update(agent, make_batch(update), args, rng(update))
+    for ((_, *arguments), _), ((_, *given, _, _), _) in zip(calls, steps, strict=True):
+        assert all(equal(arguments[:3], given))  # obs, actions, w
         adam.zero_grad()
-        errors = manual(obs, (1 - t) * noise + t * actions, t) - (actions - noise)
-        (w[:, None] * errors.square()).mean().backward()
+        script.policy_loss(manual, *arguments).backward()
         adam.step()
     assert len(calls) == 3
     for ours, expected in zip(values(agent.policy), values(manual), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=3e-6)  # 1 % of a step
 
 
-def test_optimizer_steps_are_counted():
+def test_optimizer_steps_are_counted(script):
     """Ten updates: twenty critic steps, five policy steps, none of alpha."""
-    agent, args = make_agent()
+    agent, args = make_agent(script)
     for update in range(10):
-        fpmd.update(agent, make_batch(update), args, rng(update))
+        script.update(agent, make_batch(update), args, rng(update))
     steps = {
         name: {int(state["step"]) for state in optimizer.state.values()}
         for name, optimizer in agent.optimizers.items()
@@ -210,17 +242,6 @@ def test_optimizer_steps_are_counted():
 
 
 # ---------------------------------------------------------------------------- reference values
-
-
-def numpy_mlp(net, x):
-    """Linear layers with Mish between, in float64."""
-    linears = [module for module in net if isinstance(module, nn.Linear)]
-    for layer, linear in enumerate(linears):
-        weight, bias = (p.detach().double().numpy() for p in (linear.weight, linear.bias))
-        x = x @ weight.T + bias
-        if layer < len(linears) - 1:
-            x = x * np.tanh(np.log1p(np.exp(x)))
-    return x
 
 
 def numpy_q(critic, obs, actions):
@@ -232,20 +253,14 @@ def float64(batch):
     return {key: value.double().numpy() for key, value in batch.items()}
 
 
-def randomise(module, seed):
-    """Weights and biases of a size that makes every equation matter."""
-    generator = rng(seed)
-    for p in module.parameters():
-        p.data = 0.5 * torch.randn(p.shape, generator=generator)
-
-
-def test_critic_loss_against_numpy():
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_critic_loss_against_numpy(script, layer_norm):
     """Sum over the twins of the mean squared error to the clipped double-Q target."""
-    agent, args = make_agent(gamma=0.9, reward_scale=0.7)
+    agent, args = make_agent(script, gamma=0.9, reward_scale=0.7, critic_layer_norm=layer_norm)
     randomise(agent.critic, 1)
     randomise(agent.target_critic, 2)
     batch, next_actions = make_batch(), torch.rand(BATCH, ACT, generator=rng()) * 2 - 1
-    loss, q = fpmd.critic_loss(agent.critic, agent.target_critic, batch, next_actions, args)
+    loss, q = script.critic_loss(agent.critic, agent.target_critic, batch, next_actions, args)
 
     b = float64(batch)
     next_q = numpy_q(agent.target_critic, b["next_obs"], next_actions.double().numpy())
@@ -258,15 +273,15 @@ def test_critic_loss_against_numpy():
     assert np.abs(wrong - y).max() > 0.1  # the twins do disagree on this batch
 
 
-def test_terminated_rows_do_not_bootstrap():
+def test_terminated_rows_do_not_bootstrap(script):
     """Only where terminations is 1 the next state does not matter."""
-    agent, args = make_agent()
+    agent, args = make_agent(script)
     batch, next_actions = make_batch(), torch.zeros(BATCH, ACT)
     moved = batch | {"next_obs": batch["next_obs"] + 1}
     rows = batch["terminations"].bool()
     for kept, matters in (rows, False), (~rows, True):
         losses = [
-            fpmd.critic_loss(
+            script.critic_loss(
                 agent.critic,
                 agent.target_critic,
                 {key: value[kept] for key, value in version.items()},
@@ -278,46 +293,31 @@ def test_terminated_rows_do_not_bootstrap():
         assert losses[0].isclose(losses[1]) != matters
 
 
-def test_td_target_is_a_constant():
+def test_td_target_is_a_constant(script):
     """No gradient flows through y, even if target critic and next actions would carry one."""
-    agent, args = make_agent()
+    agent, args = make_agent(script)
     agent.target_critic.requires_grad_(True)
     next_actions = torch.zeros(BATCH, ACT, requires_grad=True)
     arguments = agent.critic, agent.target_critic, make_batch(), next_actions, args
-    loss, q = fpmd.critic_loss(*arguments)
+    loss, q = script.critic_loss(*arguments)
     loss.backward()
     assert next_actions.grad is None and not q.requires_grad
     assert all(p.grad is None for p in agent.target_critic.parameters())
     assert all(p.grad.any() for p in agent.critic.parameters())
 
 
-def test_policy_loss_against_numpy():
-    """Conditional flow matching with the real network, time embedding included."""
-    agent, _ = make_agent()
-    randomise(agent.policy, 1)
-    draw = np.random.default_rng(0)
-    obs, a, e = draw.normal(size=(BATCH, OBS)), *draw.normal(size=(2, BATCH, ACT))
-    w, t = draw.uniform(0, 3, BATCH), draw.uniform(size=(BATCH, 1))
-    arguments = (torch.tensor(x, dtype=torch.float32) for x in (obs, a, w, e, t))
-    loss = fpmd.policy_loss(agent.policy, *arguments)
-
-    angles = t * 10_000.0 ** (-np.arange(8) / 8)
-    embedding = np.concatenate([np.sin(angles), np.cos(angles)], -1) / 4
-    x = np.concatenate([obs, (1 - t) * e + t * a, numpy_mlp(agent.policy.time_mlp, embedding)], -1)
-    errors = numpy_mlp(agent.policy.net, x) - (a - e)
-    expected = np.mean(w[:, None] * errors**2)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-
-
 @pytest.mark.parametrize("mode", MODES)
-def test_update_hands_the_right_targets_to_the_policy(mode, monkeypatch):
+def test_update_hands_the_right_targets_to_the_policy(script, mode, monkeypatch):
     """Targets and weights of a whole update, from its candidates, worked out in numpy."""
-    agent, args = make_agent(weight_mode=mode, alpha_init=2.0, temperature=0.8)
+    agent, args = make_agent(script, weight_mode=mode, alpha_init=2.0, temperature=0.8)
     agent.q_stats.copy_(torch.tensor([0.3, 0.6, 0.4]))
     randomise(agent.critic, 1)
     critic, batch = copy.deepcopy(agent.critic), make_batch()
-    selections, steps = spy(monkeypatch, "select_action"), spy(monkeypatch, "update_policy")
-    metrics = fpmd.update(agent, batch, args, rng())
+    selections, steps = (
+        spy(monkeypatch, script, "select_action"),
+        spy(monkeypatch, script, "update_policy"),
+    )
+    metrics = script.update(agent, batch, args, rng())
     candidates = selections[0][0][2].double().numpy()  # (N, B, act_dim)
     (_, obs, targets, w, *_), _ = steps[0]
 
@@ -341,35 +341,36 @@ def test_update_hands_the_right_targets_to_the_policy(mode, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_effective_sample_size(mode, monkeypatch):
+def test_effective_sample_size(script, mode, monkeypatch):
     """policy/ess is in (0, 1]: Kish's (sum w)^2 / (B sum w^2), per state for particles."""
-    agent, args = make_agent(weight_mode=mode, temperature=0.1)
-    calls = spy(monkeypatch, "update_policy"), spy(monkeypatch, "candidate_probabilities")
-    ess = fpmd.update(agent, make_batch(), args, rng())["policy/ess"].item()
-    w = calls[0][0][0][3].double().numpy()[:, None]  # (B, 1)
-    if mode == "particles":
-        w = calls[1][0][1].double().numpy()  # (N, B)
+    agent, args = make_agent(script, weight_mode=mode, temperature=0.1)
+    steps = spy(monkeypatch, script, "update_policy")
+    selections = spy(monkeypatch, script, "select_action")
+    ess = script.update(agent, make_batch(), args, rng())["policy/ess"].item()
+    w = steps[0][0][3].double().numpy()[:, None]  # (B, 1)
+    if mode == "particles":  # sigma is 1 at the start
+        w = np.exp(selections[0][1][1].double().numpy() / 0.1)  # (N, B)
     expected = (w.sum(0) ** 2 / (len(w) * (w**2).sum(0))).mean()
     assert ess == pytest.approx(expected, rel=1e-4) and 1 / len(w) < ess <= 1 + 1e-6
     assert (ess > 1 - 1e-6) == (mode == "none")
 
 
-def test_update_explores_with_the_noise_of_acting(monkeypatch):
+def test_update_explores_with_the_noise_of_acting(script, monkeypatch):
     """Candidates of an update carry noise of std alpha noise_scale, as those that act."""
-    agent, args = make_agent(alpha_init=2.0, noise_scale=0.3)
-    calls = spy(monkeypatch, "propose")
-    metrics = fpmd.update(agent, make_batch(), args, rng())
-    fpmd.act(agent, torch.zeros(1, OBS), args, rng(), "explore")
+    agent, args = make_agent(script, alpha_init=2.0, noise_scale=0.3)
+    calls = spy(monkeypatch, script, "propose")
+    metrics = script.update(agent, make_batch(), args, rng())
+    script.act(agent, torch.zeros(1, OBS), args, rng(), "explore")
     assert [call[0][2].item() for call in calls] == pytest.approx([0.6, 0.6])
     assert metrics["policy/alpha"].item() == pytest.approx(2.0)
     spread = calls[0][1].double().numpy().std(0).mean()
     assert metrics["policy/candidate_spread"].item() == pytest.approx(spread, rel=1e-5)
 
 
-def test_metrics_are_detached_scalars():
+def test_metrics_are_detached_scalars(script):
     """What is logged keeps no graph alive."""
-    agent, args = make_agent()
-    metrics = fpmd.update(agent, make_batch(), args, rng())
+    agent, args = make_agent(script)
+    metrics = script.update(agent, make_batch(), args, rng())
     assert {"losses/critic_loss", "losses/q_values", "policy/alpha"} <= metrics.keys()
     assert all(x.shape == () and x.isfinite() and not x.requires_grad for x in metrics.values())
 
@@ -381,13 +382,13 @@ ALPHAS = {1: 4.97, 50: 3.55, 100: 2.59, 200: 1.51, 300: 1.01, 400: 0.77, 600: 0.
 
 
 @pytest.mark.parametrize("act_dim", [1, 17])
-def test_alpha_follows_the_published_schedule(act_dim):
+def test_alpha_follows_the_published_schedule(script, act_dim):
     """alpha after update_alpha number n (every 1,250 steps: 50 at 62,500), for any act_dim."""
-    agent, args = make_agent(act_dim=act_dim)
+    agent, args = make_agent(script, act_dim=act_dim)
     assert args.alpha_interval == 1_250 and agent.log_alpha.exp().item() == pytest.approx(5)
     alphas = {}
     for n in range(1, 3_001):
-        fpmd.update_alpha(agent, args)
+        script.update_alpha(agent, args)
         alphas[n] = agent.log_alpha.exp().item()
     assert {n: alphas[n] for n in ALPHAS} == pytest.approx(ALPHAS, rel=0.01)  # table: two decimals
     fixed_point = math.exp(-1.5 - 0.5 * math.log(2 * math.pi * math.e)) / 0.1  # 0.540
@@ -400,11 +401,11 @@ def test_alpha_follows_the_published_schedule(act_dim):
     "policy_update, lr",
     [(0, 3e-4), (25_000, 3e-4), (37_500, 2.325e-4), (50_000, 1.65e-4), (75_000, 3e-5), (1e6, 3e-5)],
 )
-def test_policy_learning_rate_schedule(policy_update, lr):
+def test_policy_learning_rate_schedule(script, policy_update, lr):
     """3e-4 until policy update 25,000, linear to 3e-5 at 75,000; Adam's first step is lr long."""
-    agent, args = make_agent()
+    agent, args = make_agent(script)
     agent.updates, old = args.policy_delay * int(policy_update), values(agent.policy)
-    fpmd.update(agent, make_batch(), args, rng())
+    script.update(agent, make_batch(), args, rng())
     assert agent.optimizers["policy"].param_groups[0]["lr"] == pytest.approx(lr)
     assert agent.optimizers["critic"].param_groups[0]["lr"] == 3e-4
     moves = [(p - q).abs().max().item() for p, q in zip(values(agent.policy), old, strict=True)]
@@ -415,41 +416,54 @@ def test_policy_learning_rate_schedule(policy_update, lr):
 
 
 @pytest.mark.parametrize("rate", [0.001, 1.0])
-def test_running_statistics(rate, monkeypatch):
+def test_running_statistics(script, rate, monkeypatch):
     """Mean and std of Q(s', a*) over states, mean std over candidates; std of ddof 0."""
-    agent, args = make_agent(q_stats_rate=rate)
-    selections, old = spy(monkeypatch, "select_action"), np.array([0.0, 1.0, 1.0])
+    agent, args = make_agent(script, q_stats_rate=rate)
+    selections, old = spy(monkeypatch, script, "select_action"), np.array([0.0, 1.0, 1.0])
     for update in range(3):
-        fpmd.update(agent, make_batch(update), args, rng(update))
+        script.update(agent, make_batch(update), args, rng(update))
         scores = selections[-1][1][1].double().numpy()  # (N, B)
         q = scores.max(0)
         old = (1 - rate) * old + rate * np.array([q.mean(), q.std(), scores.std(0).mean()])
         np.testing.assert_allclose(agent.q_stats.numpy(), old, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["temperature", "clip_alpha", "particles"])
-def test_weights_use_the_statistics_from_before(mode, monkeypatch):
+@pytest.mark.parametrize("mode", ["temperature", "clip_alpha"])
+def test_weights_use_the_statistics_from_before(script, mode, monkeypatch):
     """Weights see the past only; at rate 1 the statistics from after are quite different."""
-    agent, args = make_agent(weight_mode=mode, q_stats_rate=1.0)
+    agent, args = make_agent(script, weight_mode=mode, q_stats_rate=1.0)
     before = torch.tensor([0.5, 2.0, 3.0])
     agent.q_stats.copy_(before)
-    name = "candidate_probabilities" if mode == "particles" else "importance_weights"
-    calls = spy(monkeypatch, name)
-    fpmd.update(agent, make_batch(), args, rng())
+    calls = spy(monkeypatch, script, "importance_weights")
+    script.update(agent, make_batch(), args, rng())
     stats = calls[0][0][1]
     assert stats.equal(before) and not agent.q_stats.isclose(before).any()
 
 
+def test_particles_use_the_statistics_from_before(script, monkeypatch):
+    """The same of sigma_s, seen in the effective sample size of softmax(Q / (sigma_s lambda))."""
+    agent, args = make_agent(script, weight_mode="particles", q_stats_rate=1.0, temperature=0.05)
+    agent.q_stats.copy_(torch.tensor([0.5, 2.0, 3.0]))
+    selections = spy(monkeypatch, script, "select_action")
+    ess = script.update(agent, make_batch(), args, rng())["policy/ess"].item()
+    scores = selections[0][1][1].double().numpy()  # (N, B)
+    before, after = (
+        (p.sum(0) ** 2 / (len(p) * (p**2).sum(0))).mean()
+        for p in (np.exp(scores / (sigma * 0.05)) for sigma in (3.0, agent.q_stats[2].item()))
+    )
+    assert ess == pytest.approx(before, rel=1e-4) and abs(after - before) > 0.1
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_constant_q_stays_finite(mode):
+def test_constant_q_stays_finite(script, mode):
     """A critic that says the same everywhere gives sigma = 0, and no NaN for it."""
-    agent, args = make_agent(weight_mode=mode, q_stats_rate=1.0)
+    agent, args = make_agent(script, weight_mode=mode, q_stats_rate=1.0)
     with torch.no_grad():
         agent.critic.q1[-1].weight.zero_()
         agent.critic.q2[-1].weight.zero_()
     agent.optimizers["critic"].param_groups[0]["lr"] = 0.0
     for update in range(3):
-        metrics = fpmd.update(agent, make_batch(update), args, rng(update))
+        metrics = script.update(agent, make_batch(update), args, rng(update))
     assert all(x.isfinite() for x in metrics.values())
     assert agent.q_stats.isfinite().all() and (agent.q_stats[1:] > 0).all()
     assert all(p.isfinite().all() for p in agent.policy.parameters())
@@ -458,13 +472,13 @@ def test_constant_q_stays_finite(mode):
 # ---------------------------------------------------------------------------- precision
 
 
-def test_bfloat16_generates_but_does_not_rank(monkeypatch):
+def test_bfloat16_generates_but_does_not_rank(script, monkeypatch):
     """precision=bfloat16 rounds candidates a little; scores are those of the float32 critic."""
-    selections = spy(monkeypatch, "select_action")
+    selections = spy(monkeypatch, script, "select_action")
     for precision in "float32", "bfloat16":
-        agent, args = make_agent(precision=precision, flow_steps=20)
+        agent, args = make_agent(script, precision=precision, flow_steps=20)
         critic = copy.deepcopy(agent.critic)
-        metrics = fpmd.update(agent, make_batch(), args, rng())
+        metrics = script.update(agent, make_batch(), args, rng())
         assert all(x.isfinite() for x in metrics.values())
         (_, obs, candidates), (actions, scores) = selections[-1]
         with torch.no_grad():
