@@ -278,7 +278,7 @@ def update_policy(
     loss.backward()
     optimizer.step()
     for slow, fast in (agent.target_critic, agent.critic), (agent.target_policy, agent.policy):
-        torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), args.tau)
+        torch._foreach_lerp_(list(slow.parameters()), [p.data for p in fast.parameters()], args.tau)
     return loss.detach()
 
 

@@ -180,6 +180,8 @@ def test_slow_copies_move_by_tau(script, tau):
         for b, f, s in zip(before, values(fast), values(slow), strict=True):
             assert not s.equal(b)
             torch.testing.assert_close(s, (1 - tau) * b + tau * f, rtol=1e-5, atol=1e-7)
+        # else the graph of all updates so far hangs on the slow copies, and memory grows
+        assert not any(p.requires_grad for p in slow.parameters())
 
 
 @pytest.mark.parametrize("critic_steps", [1, 2])
