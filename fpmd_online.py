@@ -229,7 +229,7 @@ def importance_weights(q: Tensor, q_stats: Tensor, alpha: Tensor, args: Args) ->
     exp(clip(q - m / sigma, -3, 3) / alpha), as the authors released it; else 1. q_stats: m, sigma.
     """
     if args.weight_mode == "temperature":
-        return len(q) * (q / (q_stats[1] * (args.temperature or 3.0))).softmax(0)  # mean 1
+        return len(q) * ((q - q.max()) / (q_stats[1] * (args.temperature or 3.0))).softmax(0)
     if args.weight_mode == "clip_alpha":  # dividing m alone by sigma is the release's quirk
         return ((q - q_stats[0] / q_stats[1]).clamp(-3, 3) / alpha).exp()
     return torch.ones_like(q)
