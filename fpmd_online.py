@@ -28,6 +28,8 @@ import sys
 import time
 import timeit
 import warnings
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib import metadata
@@ -91,7 +93,7 @@ class Args:
     hidden_dim: int = 256  # width of the three hidden layers of every network
     # --- speed: how it is computed ---
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, mps
-    compile: bool = False  # compile the networks of the update; the first updates take a minute
+    compile: bool = True  # compile, and on CUDA capture, an update; the first ones take a minute
     precision: Literal["float32", "bfloat16"] = "float32"  # of generating candidates in updates
     torch_threads: int = 0  # CPU threads of torch, 0: at most 8; give 1 to side-by-side runs
     async_envs: bool = False  # one process per environment (pays off for slow simulators)
@@ -112,15 +114,27 @@ class Mish(nn.Module):
         return x * n / (n + 2)
 
 
-def mlp(*sizes: int, layer_norm: bool = False) -> nn.Sequential:
+class MLP(nn.Sequential):
     """Linear layers with Mish between; weights N(0, 1 / fan_in) cut at two std, as in haiku."""
-    modules = []
-    for fan_in, fan_out in pairwise(sizes):
-        linear, std = nn.Linear(fan_in, fan_out), fan_in**-0.5
-        nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
-        nn.init.zeros_(linear.bias)
-        modules += [linear, *[nn.LayerNorm(fan_out)] * layer_norm, Mish()]
-    return nn.Sequential(*modules[: -1 - layer_norm])  # the last layer is linear alone
+
+    def __init__(self, *sizes: int, layer_norm: bool = False):
+        modules = []
+        for fan_in, fan_out in pairwise(sizes):
+            linear, std = nn.Linear(fan_in, fan_out), fan_in**-0.5
+            nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
+            nn.init.zeros_(linear.bias)
+            modules += [linear, *[nn.LayerNorm(fan_out)] * layer_norm, Mish()]
+        super().__init__(*modules[: -1 - layer_norm])  # the last layer is linear alone
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Of cat(inputs, -1), by parts: what all candidates share is multiplied only once."""
+        (first, *layers), linear = self, nn.functional.linear
+        weights = first.weight.split([x.shape[-1] for x in inputs], 1)
+        (x, w), *rest = sorted(zip(inputs, weights, strict=True), key=lambda part: part[0].numel())
+        x = sum((linear(*part) for part in rest), start=linear(x, w, first.bias))
+        for layer in layers:
+            x = layer(x)
+        return x
 
 
 def time_embedding(t: Tensor) -> Tensor:
@@ -135,13 +149,12 @@ class VelocityField(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int = 256):
         super().__init__()
         self.act_dim = act_dim
-        self.time_mlp = mlp(TIME_DIM, 2 * TIME_DIM, TIME_DIM)
-        self.net = mlp(obs_dim + act_dim + TIME_DIM, *[hidden_dim] * 3, act_dim)
+        self.time_mlp = MLP(TIME_DIM, 2 * TIME_DIM, TIME_DIM)
+        self.net = MLP(obs_dim + act_dim + TIME_DIM, *[hidden_dim] * 3, act_dim)
 
     def forward(self, obs: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """obs (B, obs_dim), z (..., B, act_dim), t (1,) or (B, 1) -> velocity like z."""
-        rows, embedding = z.shape[:-1], self.time_mlp(time_embedding(t))
-        return self.net(torch.cat([obs.expand(*rows, -1), z, embedding.expand(*rows, -1)], -1))
+        return self.net(obs, z, self.time_mlp(time_embedding(t)))
 
 
 class TwinCritic(nn.Module):
@@ -149,13 +162,12 @@ class TwinCritic(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int = 256, layer_norm: bool = False):
         super().__init__()
-        self.q1 = mlp(obs_dim + act_dim, *[hidden_dim] * 3, 1, layer_norm=layer_norm)
-        self.q2 = mlp(obs_dim + act_dim, *[hidden_dim] * 3, 1, layer_norm=layer_norm)
+        self.q1 = MLP(obs_dim + act_dim, *[hidden_dim] * 3, 1, layer_norm=layer_norm)
+        self.q2 = MLP(obs_dim + act_dim, *[hidden_dim] * 3, 1, layer_norm=layer_norm)
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         """obs (B, obs_dim), actions (..., B, act_dim) -> Q (2, ..., B)."""
-        x = torch.cat([obs.expand(*actions.shape[:-1], -1), actions], -1)
-        return torch.stack([self.q1(x), self.q2(x)]).squeeze(-1)
+        return torch.stack([self.q1(obs, actions), self.q2(obs, actions)]).squeeze(-1)
 
 
 class Agent(nn.Module):
@@ -172,12 +184,14 @@ class Agent(nn.Module):
         self.register_buffer("q_stats", torch.tensor([0.0, 1.0, 1.0]))
         self.to(device)
         self.updates = self.alpha_updates = 0
+        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+        policy_lr = torch.tensor(args.policy_lr[0], device=device)  # a tensor: captured, it decays
         self.optimizers = {
-            "critic": torch.optim.Adam(self.critic.parameters(), args.critic_lr, fused=True),
-            "policy": torch.optim.Adam(self.policy.parameters(), args.policy_lr[0], fused=True),
+            "critic": adam(self.critic.parameters(), args.critic_lr),
+            "policy": adam(self.policy.parameters(), policy_lr),
             "alpha": torch.optim.Adam([self.log_alpha], args.alpha_lr),
         }
-        self.policy_loss = torch.compile(policy_loss) if args.compile else policy_loss
+        self.act, self.learn, self.policy_loss = act, learn, policy_loss  # accelerate's handles
 
 
 # ---------------------------------------------------------------------------- acting
@@ -219,6 +233,18 @@ def act(agent: Agent, obs: Tensor, args: Args, rng: Generator, mode: str) -> Ten
     std = agent.log_alpha.exp() * args.noise_scale * (mode == "explore")
     candidates = propose(agent.target_policy, obs, std, args, rng)
     return select_action(agent.critic, obs, candidates)[0]
+
+
+@torch.no_grad()
+def for_one_step(policy: VelocityField) -> VelocityField:
+    """A copy that is v(s, z, 0) at any time, twice as fast: a bias holds the embedding."""
+    folded = copy.deepcopy(policy)
+    first, *layers = folded.net
+    w, w_t = first.weight.split([first.in_features - TIME_DIM, TIME_DIM], 1)
+    first.bias += w_t @ policy.time_mlp(time_embedding(torch.zeros(1, device=w.device)))
+    first.weight, plain = nn.Parameter(w), nn.Sequential(first, *layers)
+    folded.forward = lambda obs, z, t: plain(torch.cat([obs.expand(*z.shape[:-1], -1), z], -1))
+    return folded
 
 
 # ---------------------------------------------------------------------------- learning
@@ -272,18 +298,16 @@ def update_policy(
     t = torch.rand((len(obs), 1), generator=rng, device=obs.device)
     noise = torch.randn(actions.shape, generator=rng, device=obs.device)
     loss = agent.policy_loss(agent.policy, obs, actions, w, noise, t)
-    optimizer, step = agent.optimizers["policy"], agent.updates // args.policy_delay
-    optimizer.param_groups[0]["lr"] = float(np.interp(step, args.policy_lr_decay, args.policy_lr))
-    optimizer.zero_grad()
+    agent.optimizers["policy"].zero_grad()
     loss.backward()
-    optimizer.step()
+    agent.optimizers["policy"].step()
     for slow, fast in (agent.target_critic, agent.critic), (agent.target_policy, agent.policy):
         torch._foreach_lerp_(list(slow.parameters()), [p.data for p in fast.parameters()], args.tau)
     return loss.detach()
 
 
-def update(agent: Agent, batch: dict, args: Args, rng: Generator) -> dict[str, Tensor]:
-    """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
+def learn(agent: Agent, batch: dict, args: Args, rng: Generator, improve: bool) -> dict:
+    """The tensors' part of an update, which reads nothing that a captured graph would freeze."""
     next_obs, alpha = batch["next_obs"], agent.log_alpha.detach().exp()
     # one generation at s' serves both losses: the TD action is also what the policy imitates
     autocast = torch.autocast(next_obs.device.type, torch.bfloat16, args.precision == "bfloat16")
@@ -301,13 +325,13 @@ def update(agent: Agent, batch: dict, args: Args, rng: Generator) -> dict[str, T
     metrics = {"losses/critic_loss": loss.detach(), "losses/q_values": q.mean()}
     metrics["policy/candidate_spread"] = candidates.std(0, correction=0).mean()
 
-    if agent.updates % args.policy_delay == 0:
+    if improve:
         actions, w = next_actions, importance_weights(best_q, agent.q_stats, alpha, args)
         ess = w.mean().square() / w.square().mean()  # effective sample size / B
         if args.weight_mode == "particles":  # pi_old exp(Q / lambda) on each state's candidates
             p = (scores / (agent.q_stats[2] * (args.temperature or 0.5))).softmax(0)  # (N, B)
-            drawn = torch.multinomial(p.T, 1, generator=rng)  # (B, 1)
-            actions = candidates.take_along_dim(drawn.T[:, :, None], 0)[0].clamp(-1, 1)
+            race = torch.empty_like(p).exponential_(generator=rng) / p  # won with probability p
+            actions = candidates.take_along_dim(race.argmin(0)[None, :, None], 0)[0].clamp(-1, 1)
             ess = (1 / (len(p) * p.square().sum(0))).mean()  # effective candidates / N
         metrics["losses/policy_loss"] = update_policy(agent, next_obs, actions, w, args, rng)
         clipped = (best_q - agent.q_stats[0] / agent.q_stats[1]).abs() >= 3  # as clip_alpha would
@@ -316,8 +340,16 @@ def update(agent: Agent, batch: dict, args: Args, rng: Generator) -> dict[str, T
     q_now = torch.stack([best_q.mean(), best_q.std(correction=0), spread.mean()])
     # after their use, since weights see the past only; a constant Q must not end in 0 / 0
     agent.q_stats.lerp_(q_now, args.q_stats_rate)[1:].clamp_(min=1e-6)
-    agent.updates += 1
     return metrics | {"policy/alpha": alpha}
+
+
+def update(agent: Agent, batch: dict, args: Args, rng: Generator) -> dict[str, Tensor]:
+    """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
+    step, wait = divmod(agent.updates, args.policy_delay)
+    lr = np.interp(step, args.policy_lr_decay, args.policy_lr)
+    agent.optimizers["policy"].param_groups[0]["lr"].fill_(lr)
+    agent.updates += 1
+    return agent.learn(agent, batch, args, rng, not wait)
 
 
 # -------------------------------------------------- plumbing, the same text in every script
@@ -400,6 +432,60 @@ def choose_opengl() -> None:
         if subprocess.run(probe, capture_output=True).returncode == 0:
             return
     fail("--capture-video finds no OpenGL: apt-get install libegl1 libegl-mesa0 (or libosmesa6)")
+
+
+# all that makes an update faster, and nothing else, follows; --no-compile does without
+def in_blocks(network: Callable, dim: int) -> Callable:
+    """The network, on a CPU fed with pieces of x (N, B, ...) whose activations fit its caches."""
+
+    def call(obs: Tensor, x: Tensor, *times: Tensor) -> Tensor:
+        if x.ndim == 2 or x.device.type != "cpu":
+            return network(obs, x, *times)
+        pieces = x.split(max(1, 1024 * torch.get_num_threads() // x.shape[1]))
+        return torch.cat([network(obs, piece, *times) for piece in pieces], dim)
+
+    return call
+
+
+class Captured:
+    """function(agent, inputs, args, rng, key) as one CUDA graph per key, a single launch.
+
+    It reads and writes the addresses of its recording: inputs are copied there, outputs hold until
+    the next call. The first three calls are not recorded: they compile, choose kernels, allocate.
+    """
+
+    def __init__(self, function: Callable):
+        self.function, self.calls, self.graphs = function, Counter(), {}
+
+    def __call__(self, agent, inputs, args: Args, rng: Generator, key):
+        self.calls[key] += 1
+        if self.calls[key] <= 3:
+            return self.function(agent, inputs, args, rng, key)
+        if key not in self.graphs:
+            graph, static = torch.cuda.CUDAGraph(), copy.deepcopy(inputs)
+            graph.register_generator_state(rng)  # each replay draws on where the last one stopped
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                self.graphs[key] = graph, static, self.function(agent, static, args, rng, key)
+        graph, static, outputs = self.graphs[key]
+        for name in inputs if isinstance(inputs, dict) else [...]:  # tensor[...] is all of it
+            static[name].copy_(inputs[name])
+        graph.replay()
+        return outputs
+
+
+def accelerate(agent, device: torch.device) -> None:
+    """--compile: compile what an update calls, capture it on CUDA, or say in a line why not."""
+    try:
+        torch.compile(torch.exp)(torch.ones(1, device=device))
+    except Exception as error:  # no C++ compiler or Triton; torch has many ways to say so
+        print(f"going on without --compile: {str(error).splitlines()[0]}", file=sys.stderr)
+        return
+    for network, dim in (agent.policy, 0), (agent.critic, 1), (agent.target_critic, 1):
+        network.forward = in_blocks(torch.compile(network.forward, dynamic=False), dim)
+    agent.policy_loss = torch.compile(agent.policy_loss, dynamic=False)
+    if device.type == "cuda":
+        agent.act, agent.learn = Captured(agent.act), Captured(agent.learn)
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be captured
 
 
 class ReplayBuffer:
@@ -581,6 +667,7 @@ def replay(args: Args, agent: Agent, envs) -> None:
     if args.env_id != saved["args"]["env_id"]:
         fail(f"{file} was trained on {saved['args']['env_id']}, not on {args.env_id}")
     agent.target_policy.load_state_dict(saved["policy"])
+    agent.target_policy = for_one_step(agent.target_policy)
     result = evaluate(agent, envs, args, "one_step", file.parent / "videos" / "evaluate")
     for episode, value in enumerate(result["returns"].split()):
         print(f"episode {episode}: return {value}")
@@ -591,7 +678,7 @@ def replay(args: Args, agent: Agent, envs) -> None:
 
 
 def main(args: Args) -> Path | None:
-    """Train and return the run directory; the loop is act, step, store, learn, log."""
+    """Train and return the run directory; the loop is act, learn, step, store, log."""
     file, saved, device = None, None, check_args(args)
     torch.set_num_threads(args.torch_threads or min(8, torch.get_num_threads()))
     if args.resume:
@@ -625,8 +712,8 @@ def main(args: Args) -> Path | None:
     run_dir, rows = logger.run_dir, args.batch_size * args.num_candidates
     print(f"{args.env_id}: {obs_dim} observations, {act_dim} actions; writing to {run_dir}")
     print(f"one update evaluates {rows * args.flow_steps:,} policy rows, {2 * rows:,} critic rows")
-    for network in (agent.policy, agent.critic, agent.target_critic) if args.compile else ():
-        network.compile(dynamic=False)
+    if args.compile:
+        accelerate(agent, device)
 
     stop, stopping, start = [], False, time.perf_counter() - start
     for signum in signal.SIGINT, signal.SIGTERM:  # one finishes the step and saves, two kill
@@ -637,11 +724,22 @@ def main(args: Args) -> Path | None:
         if global_step < args.learning_starts:
             actions = 2 * torch.rand((args.num_envs, act_dim), generator=rng, device=device) - 1
         else:
-            actions = act(agent, torch.as_tensor(obs, device=device), args, rng, "explore")
-        next_obs, rewards, terminations, truncations, infos = envs.step(actions.cpu().numpy())
+            actions = agent.act(agent, torch.as_tensor(obs, device=device), args, rng, "explore")
+        actions = actions.cpu().numpy()
         global_step += args.num_envs
 
-        # store: where an episode ended, next_obs already belongs to the one after it
+        # learn, while GPU or processes overlap it with the simulators, from what is stored so far;
+        # the number of updates follows from utd alone, whatever num_envs is
+        if args.async_envs:
+            envs.step_async(actions)
+        while agent.updates < int(args.utd * (global_step - args.learning_starts) + 1e-9):
+            metrics |= update(agent, buffer.sample(args.batch_size, rng), args, rng)
+        while agent.alpha_updates * args.alpha_interval < global_step - args.learning_starts:
+            update_alpha(agent, args)
+
+        # step and store: where an episode ended, next_obs already belongs to the one after it
+        step = envs.step_wait() if args.async_envs else envs.step(actions)
+        next_obs, rewards, terminations, truncations, infos = step
         last_obs = next_obs.copy()
         for i in np.flatnonzero(terminations | truncations):
             last_obs[i] = infos["final_obs"][i]
@@ -649,12 +747,6 @@ def main(args: Args) -> Path | None:
                 metrics[chart] = float(infos["final_info"]["episode"][key][i])
         buffer.add(obs, actions, rewards, last_obs, terminations)
         obs = next_obs
-
-        # learn: the number of updates follows from utd alone, whatever num_envs is
-        while agent.updates < int(args.utd * (global_step - args.learning_starts) + 1e-9):
-            metrics |= update(agent, buffer.sample(args.batch_size, rng), args, rng)
-        while agent.alpha_updates * args.alpha_interval < global_step - args.learning_starts:
-            update_alpha(agent, args)
 
         # log, evaluate, save
         last = global_step + args.num_envs > args.total_timesteps

@@ -23,9 +23,20 @@ SMALL = {
     "hidden_dim": 16,
     "log_every": 100,
     "eval_every": 0,
+    "compile": False,
     "torch_threads": 1,
     "device": "cpu",
 }
+
+
+def as_flags(settings):
+    """The command line for Args(**settings)."""
+    flags = []
+    for key, value in settings.items():
+        name = key.replace("_", "-")
+        is_switch = isinstance(value, bool)
+        flags.append(f"--{'' if value else 'no-'}{name}" if is_switch else f"--{name}={value}")
+    return flags
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -78,10 +89,10 @@ def fit(script, draw, updates, lr, hidden_dim):
     """
     torch.manual_seed(0)
     act_dim, obs, generator = draw(256)[0].shape[1], torch.zeros(256, 1), rng()
-    rates = {"policy_lr": (lr, 0.0), "policy_lr_decay": (0, updates), "policy_delay": 1}
-    args = script.Args(**rates, hidden_dim=hidden_dim)
+    args = script.Args(hidden_dim=hidden_dim)
     agent = script.Agent(1, act_dim, args, torch.device("cpu"))
-    for agent.updates in range(updates):
+    for update in range(updates):
+        agent.optimizers["policy"].param_groups[0]["lr"].fill_(lr * (1 - update / updates))
         script.update_policy(agent, obs, *draw(256), args, generator)
     return agent.policy
 

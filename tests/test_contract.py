@@ -13,12 +13,22 @@ from importlib import metadata
 import gymnasium as gym
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, SMALL, load
+from conftest import ROOT, SCRIPTS, SMALL, as_flags, load
 
 TREES = {name: ast.parse((ROOT / f"{name}.py").read_text()) for name in SCRIPTS}
 SHARED = ["fail", "SeededEpisodes", "make_env", "make_envs", "choose_opengl", "ReplayBuffer"]
-SHARED += ["evaluate", "RunLogger", "save_run", "load", "restore_run", "parse_args"]
-FLAGS = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items()]
+SHARED += [
+    "in_blocks",
+    "Captured",
+    "accelerate",
+    "evaluate",
+    "RunLogger",
+    "save_run",
+    "load",
+    "restore_run",
+    "parse_args",
+]
+FLAGS = as_flags(SMALL)
 
 
 def python(*command, **options):
@@ -70,7 +80,7 @@ def test_documented_commands_work(command, tmp_path, monkeypatch):
         small += ["--no-capture-video"]
     else:
         script.parse_args(command[2:])
-        small = [*FLAGS, "--no-compile"]
+        small = FLAGS
     script.main(script.parse_args([*command[2:], *small]))
 
 
@@ -294,54 +304,6 @@ def test_video_of_a_replay(script, run, backend):
     assert (frames[0].astype(int) != frames[-1]).mean() > 0.01
 
 
-# ------------------------------------------------------------------ speed settings
-
-
-def agents_after(script, updates, compiled, **changes):
-    args = script.Args(**SMALL, **changes, compile=compiled)  # compiles the policy's loss
-    torch.manual_seed(0)
-    agent = script.Agent(3, 2, args, torch.device("cpu"))
-    if compiled:  # as main does
-        for network in (agent.policy, agent.critic, agent.target_critic):
-            network.compile(dynamic=False)
-    rng = torch.Generator().manual_seed(0)
-    for _ in range(updates):
-        batch = {"obs": torch.randn((16, 3), generator=rng), "rewards": torch.ones(16)}
-        batch |= {"actions": torch.rand((16, 2), generator=rng), "terminations": torch.zeros(16)}
-        batch["next_obs"] = torch.randn((16, 3), generator=rng)
-        script.update(agent, batch, args, rng)
-    optimizers = {key: opt.state_dict()["state"] for key, opt in agent.optimizers.items()}
-    return agent.state_dict(), optimizers
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_updates_equal_eager_ones(script):
-    """Parameters, targets, statistics and optimizer state after 20 updates, to rounding."""
-    torch._dynamo.reset()
-    (eager, eager_opt), (fast, fast_opt) = (agents_after(script, 20, c) for c in (False, True))
-    assert eager.keys() == fast.keys()  # no _orig_mod.
-    for key in eager:
-        torch.testing.assert_close(fast[key], eager[key], rtol=1e-4, atol=1e-5, msg=key)
-    for key in eager_opt:
-        for index, state in eager_opt[key].items():
-            for name, value in state.items():
-                torch.testing.assert_close(fast_opt[key][index][name], value, rtol=1e-3, atol=1e-5)
-
-
-def test_main_compiles_what_an_update_runs(script, run, monkeypatch):
-    """--compile: the policy's loss, and the networks that generate, rank and make targets."""
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda module, dynamic: compiled.append(type(module).__name__)
-    )
-    for flag in False, True:
-        assert compiled == []
-        run(env_id="probe_envs:Constant-v0", total_timesteps=110, utd=0.1, compile=flag)
-    policy = type(script.Agent(1, 1, script.Args(hidden_dim=1), torch.device("cpu")).policy)
-    assert compiled == [script.policy_loss, policy.__name__, "TwinCritic", "TwinCritic"]
-
-
 # ------------------------------------------------------------------ the text of the scripts
 
 
@@ -358,10 +320,10 @@ def test_shared_blocks_are_the_same_text(block):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_can_be_read_in_one_sitting(name):
-    """At most 700 lines of 100 columns, and the method within the first 330."""
+    """At most 790 lines of 100 columns, and the method within the first 345."""
     lines = (ROOT / f"{name}.py").read_text().splitlines()
     (plumbing,) = [i for i, line in enumerate(lines) if re.match("# -+ plumbing", line)]
-    assert len(lines) <= 700 and plumbing <= 330 and max(map(len, lines)) <= 100
+    assert len(lines) <= 790 and plumbing <= 345 and max(map(len, lines)) <= 100
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -366,7 +366,7 @@ def test_time_embedding_against_numpy(script):
 def test_initial_weights_are_cut_normal_with_fan_in(script):
     """Weights N(0, 1 / fan_in) cut at two std (so of std 0.88 / sqrt(fan_in)), biases zero."""
     torch.manual_seed(0)
-    linears = [m for m in script.mlp(100, 400, 300, 7) if isinstance(m, nn.Linear)]
+    linears = [m for m in script.MLP(100, 400, 300, 7) if isinstance(m, nn.Linear)]
     assert [(m.in_features, m.out_features) for m in linears] == [(100, 400), (400, 300), (300, 7)]
     for linear in linears:
         scaled = linear.weight.detach() * linear.in_features**0.5

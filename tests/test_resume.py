@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, load
+from conftest import ROOT, SMALL, as_flags, load
 
 ENVS = ["Ant-v4", "Humanoid-v4", "Walker2d-v5", "dm_control/cheetah-run-v0"]
 
@@ -72,11 +72,7 @@ def test_asynchronous_envs_resume_as_well(script, run):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_run_goes_on(script, run, tmp_path, signum):
     """Exit status 128 + signal, a checkpoint at the step it stopped, and an exact continuation."""
-    flags = [
-        f"--{key.replace('_', '-')}={value}"
-        for key, value in (SMALL | {"env_id": "Hopper-v4"}).items()
-    ]
-    flags.append("--total-timesteps=1000000")
+    flags = as_flags(SMALL | {"env_id": "Hopper-v4", "total_timesteps": 1_000_000})
     command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *flags]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 60

@@ -83,18 +83,6 @@ def test_critic_layer_norm_stands_before_every_activation(script):
         assert type(module).__name__ != "LayerNorm"
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_the_policy_loss_is_compiled_when_asked(script, compiled, monkeypatch):
-    """With --compile every policy step runs what torch.compile made of policy_loss."""
-    monkeypatch.setattr(torch, "compile", lambda function: lambda *args: 2 * function(*args))
-    agent, args = make_agent(script, compile=compiled)
-    loss, batch = spy(monkeypatch, agent, "policy_loss"), make_batch()
-    script.update(agent, batch, args, rng())
-    (arguments, result), policy = loss[0], make_agent(script)[0].policy
-    plain = script.policy_loss(policy, *arguments[1:])
-    assert result.item() == pytest.approx((1 + compiled) * plain.item())
-
-
 def test_slow_copies_start_equal_and_frozen(script):
     """Targets begin as copies that no optimizer and no gradient touches; the twins differ."""
     agent, _ = make_agent(script)

@@ -1,0 +1,173 @@
+"""The fast path computes what the plain one does, and steps aside where it cannot work."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import SMALL, rng
+
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = [pytest.param("cpu", marks=COMPILER), pytest.param("cuda", marks=CUDA)]
+
+
+def agent_after(script, updates, fast, device="cpu", **changes):
+    """The agent after that many updates on random batches, and the metrics of the last."""
+    args, device = script.Args(**(SMALL | changes)), torch.device(device)
+    torch.manual_seed(0)
+    agent, generator = script.Agent(3, 2, args, device), torch.Generator(device).manual_seed(0)
+    if fast:
+        script.accelerate(agent, device)
+    for i in range(updates):
+        draw = rng(i)
+        batch = {"obs": torch.randn((16, 3), generator=draw), "rewards": torch.ones(16)}
+        batch |= {"actions": torch.rand((16, 2), generator=draw), "terminations": torch.zeros(16)}
+        batch["next_obs"] = torch.randn((16, 3), generator=draw)
+        batch = {key: value.to(device) for key, value in batch.items()}
+        metrics = script.update(agent, batch, args, generator)
+    return agent, metrics
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fast_updates_equal_plain_ones(script, device):
+    """Parameters, targets, statistics, metrics and optimizer state after 20 updates, to rounding.
+
+    80 candidates of 16 states make two blocks of different sizes.
+    """
+    torch._dynamo.reset()
+    both = [agent_after(script, 20, fast, device, num_candidates=80) for fast in (False, True)]
+    (plain, plain_metrics), (fast, fast_metrics) = both
+    assert plain.state_dict().keys() == fast.state_dict().keys()  # no _orig_mod.
+    torch.testing.assert_close(fast.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fast_metrics, plain_metrics, rtol=1e-3, atol=1e-5)
+    for key, optimizer in plain.optimizers.items():
+        states = [agent.optimizers[key].state_dict()["state"] for agent in (fast, plain)]
+        assert optimizer.state_dict()["param_groups"][0]["lr"] > 0
+        torch.testing.assert_close(*states, rtol=1e-3, atol=1e-5)
+
+
+def test_main_compiles_what_an_update_runs(script, run, monkeypatch):
+    """--compile: the policy's loss, and the networks that generate, rank and make targets."""
+    compiled = []
+
+    def compile(function, **how):
+        compiled.append(getattr(function, "__self__", None) or function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    for flag in False, True:
+        assert compiled == []
+        run(env_id="probe_envs:Constant-v0", total_timesteps=110, utd=0.1, compile=flag)
+    probe, *networks, loss = compiled
+    policy = script.Agent(1, 1, script.Args(hidden_dim=1), torch.device("cpu")).policy
+    assert probe is torch.exp and loss is script.policy_loss
+    assert [type(network) for network in networks] == [type(policy)] + 2 * [script.TwinCritic]
+
+
+def test_without_a_compiler_one_line_and_on(script, run, monkeypatch, capsys):
+    def compile(function, **how):
+        raise RuntimeError("no compiler here\nand more about it")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    run(env_id="probe_envs:Constant-v0", total_timesteps=110, utd=0.1, compile=True)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "compile" in line]
+    assert line == "going on without --compile: no compiler here"
+
+
+def test_blocks_are_the_whole(script):
+    """Candidates go through in pieces of 1,024 rows per thread, single actions in one."""
+    args = script.Args(hidden_dim=8)
+    agent, seen = script.Agent(3, 2, args, torch.device("cpu")), []
+
+    def spy(network):
+        return lambda obs, x, *t: (
+            seen.append(tuple(x.shape)) or type(network).forward(network, obs, x, *t)
+        )
+
+    obs, x, t = torch.randn(256, 3), torch.randn(9, 256, 2), [torch.rand(1)] * 2
+    t = t[: 1 + ("meanflow" in script.__name__)]
+    for network, dim, times in (agent.policy, 0, t), (agent.critic, 1, []):
+        blocks = script.in_blocks(spy(network), dim)
+        torch.testing.assert_close(blocks(obs, x, *times), network(obs, x, *times))
+        torch.testing.assert_close(blocks(obs, x[0], *times), network(obs, x[0], *times))
+        assert seen == [(4, 256, 2), (4, 256, 2), (1, 256, 2), (256, 2)]
+        seen.clear()
+
+
+def test_learn_reads_nothing_that_a_graph_would_freeze(script):
+    """A captured learn sees tensors change, but no counter and no learning rate of Python's."""
+    agent, args, generator = (
+        script.Agent(3, 2, script.Args(**SMALL), torch.device("cpu")),
+        [],
+        rng(),
+    )
+    args = script.Args(**SMALL)
+    del agent.updates, agent.alpha_updates
+    batch = {key: torch.rand(16, 3) for key in ("obs", "next_obs")} | {"actions": torch.rand(16, 2)}
+    batch |= {key: torch.rand(16) for key in ("rewards", "terminations")}
+    for improve in True, False:
+        metrics = script.learn(agent, batch, args, generator, improve)
+        assert all(isinstance(value, torch.Tensor) for value in metrics.values())
+    (group,) = agent.optimizers["policy"].param_groups
+    before = [p.clone() for p in agent.policy.parameters()]
+    group["lr"].fill_(0)
+    script.learn(agent, batch, args, generator, True)
+    for old, new in zip(before, agent.policy.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+class FakeGraph:
+    """Stands in for torch.cuda.CUDAGraph: what ran while it was recording, replay runs again."""
+
+    recording = None
+
+    def register_generator_state(self, generator):
+        self.generator = generator
+
+    def replay(self):
+        outputs = self.function(*self.arguments)
+        for key, value in outputs.items():
+            self.outputs[key].copy_(value)
+
+
+def test_captured_calls_copy_in_replay_and_keep_their_addresses(script, monkeypatch):
+    """Three plain calls per key, one recording, then replays that read what was copied in."""
+    calls, generator = [], rng()
+
+    def function(agent, inputs, args, rng, key):
+        calls.append(key)
+        x = inputs["x"] if isinstance(inputs, dict) else inputs
+        outputs = {"y": x * key, "noise": torch.rand(1, generator=rng)}
+        if FakeGraph.recording:
+            graph, FakeGraph.recording = FakeGraph.recording, None
+            graph.function, graph.outputs = function, outputs
+            graph.arguments = agent, inputs, args, rng, key
+        return outputs
+
+    class recording:
+        def __init__(self, graph, stream):
+            FakeGraph.recording = graph
+
+        def __enter__(self):
+            pass
+
+        __exit__ = lambda *_: None  # noqa: E731
+
+    fake = SimpleNamespace(CUDAGraph=FakeGraph, graph=recording, current_stream=lambda: None)
+    monkeypatch.setattr(script.torch, "cuda", fake)
+    for inputs in {"x": torch.zeros(2)}, torch.zeros(2):
+        captured, results = script.Captured(function), {2: [], 3: []}
+        calls.clear()
+        for i in range(6):
+            for key in results:
+                new = torch.full((2,), float(i))
+                new = {"x": new} if isinstance(inputs, dict) else new
+                outputs = captured(None, new, None, generator, key)
+                assert outputs["y"].tolist() == [i * key] * 2
+                results[key].append(outputs["y"])
+        assert calls.count(2) == 3 + 1 + 3  # plain, recording, replays
+        for key, (graph, static, _) in captured.graphs.items():
+            assert graph.generator is generator and static is not new
+            assert results[key][3] is results[key][4] is results[key][5]
+            assert len({id(y) for y in results[key][:4]}) == 4
