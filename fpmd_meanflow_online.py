@@ -441,13 +441,13 @@ def choose_opengl() -> None:
 
 
 # all that makes an update faster, and nothing else, follows; --no-compile does without
-def in_blocks(network: Callable, dim: int) -> Callable:
-    """The network, on a CPU fed with pieces of x (N, B, ...) whose activations fit its caches."""
+def in_blocks(network: Callable, dim: int, rows: int) -> Callable:
+    """The network, on a CPU fed with pieces of x (N, B, ...) of that many rows or one candidate."""
 
     def call(obs: Tensor, x: Tensor, *times: Tensor) -> Tensor:
         if x.ndim == 2 or x.device.type != "cpu":
             return network(obs, x, *times)
-        pieces = x.split(max(1, 1024 * torch.get_num_threads() // x.shape[1]))
+        pieces = x.split(max(1, rows // x.shape[1]))
         return torch.cat([network(obs, piece, *times) for piece in pieces], dim)
 
     return call
@@ -479,15 +479,18 @@ class Captured:
         return outputs
 
 
-def accelerate(agent, device: torch.device) -> None:
+def accelerate(agent, args: Args, device: torch.device) -> None:
     """--compile: compile what an update calls, capture it on CUDA, or say in a line why not."""
     try:
         torch.compile(torch.exp)(torch.ones(1, device=device))
     except Exception as error:  # no C++ compiler or Triton; torch has many ways to say so
         print(f"going on without --compile: {str(error).splitlines()[0]}", file=sys.stderr)
         return
+    # one layer's activations then fill a megabyte per thread, a usual cache
+    rows = torch.get_num_threads() * 2**20 // (2 if args.precision == "bfloat16" else 4)
     for network, dim in (agent.policy, 0), (agent.critic, 1), (agent.target_critic, 1):
-        network.forward = in_blocks(torch.compile(network.forward, dynamic=False), dim)
+        compiled = torch.compile(network.forward, dynamic=False)
+        network.forward = in_blocks(compiled, dim, rows // args.hidden_dim)
     agent.policy_loss = torch.compile(agent.policy_loss, dynamic=False)
     if device.type == "cuda":
         agent.act, agent.learn = Captured(agent.act), Captured(agent.learn)
@@ -719,7 +722,7 @@ def main(args: Args) -> Path | None:
     print(f"{args.env_id}: {obs_dim} observations, {act_dim} actions; writing to {run_dir}")
     print(f"one update evaluates {rows * args.flow_steps:,} policy rows, {2 * rows:,} critic rows")
     if args.compile:
-        accelerate(agent, device)
+        accelerate(agent, args, device)
 
     stop, stopping, start = [], False, time.perf_counter() - start
     for signum in signal.SIGINT, signal.SIGTERM:  # one finishes the step and saves, two kill

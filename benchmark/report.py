@@ -234,52 +234,166 @@ def published(path: Path) -> str:
     return markdown(table)
 
 
-# ---------------------------------------------------------------------------- cost of an update
+# ---------------------------------------------------------------------------- speed
 
-PARTS = {  # measurement in update_cost.py: what the table calls it
-    "update": "**whole update**",
-    "generation": "generating the candidates",
-    "ranking": "ranking them by two critics",
-    "learning": "losses, gradients, optimizers, slow copies",
+PARTS = {  # measurement in speed.py: its column
+    "generation": "generating",
+    "ranking": "ranking",
+    "learning": "learning",
 }
 VARIANTS = {
-    "generation, nn.Mish": "generating with torch's own Mish",
-    "generation, ReLU": "generating with ReLU (not the method; shows the floor)",
-    "generation, state part once": "generating, first layer's state part once per state",
-    "state part alone": "that state part alone, per candidate and Euler step",
+    "other Mish": "Mish by the other formula (torch's own compiled, one exponential eager)",
+    "concatenated inputs": "first layer on concatenated inputs",
+    "one piece": "all candidates in one piece",
+    "ReLU": "ReLU instead of Mish (not the method: what activations cost)",
 }
 
 
-def update_cost(path: Path) -> str:
-    rows = read(path)
-    product = next(row for row in rows if row["measurement"].startswith("matmul"))
-    columns, table = defaultdict(dict), defaultdict(dict)
+def computed(row: dict) -> str:
+    """eager, compiled or compiled, bfloat16."""
+    return row["mode"] + f", {row['precision']}" * (row["precision"] != "float32")
+
+
+def by_case(rows: list[dict]) -> dict:
+    """{(script, N, T, how it is computed): {measurement: row}} of what depends on N and T."""
+    found = defaultdict(dict)
     for row in rows:
-        if row is not product:
-            columns[row["num_candidates"], row["flow_steps"], row["mode"]][row["measurement"]] = row
-    several = len({mode for _, _, mode in columns}) > 1
-    peak = float(product["gflop_per_s"])
-    for (n, t, mode), column in columns.items():
-        name = f"{n}, {t}" + f", {mode}" * several
-        ms = {key: float(row["milliseconds"]) for key, row in column.items()}
-        for key, label in PARTS.items():
-            table[label][name] = f"{digits(ms[key])} ms ({ms[key] / ms['update']:.0%})"
-        for key, label in VARIANTS.items():
-            ratio = ms[key] / ms["generation"]
-            table[label][name] = f"{digits(ms[key])} ms ({ratio:.2f} x)"
-        table["one-step action for one state"][name] = f"{digits(ms['one-step action'])} ms"
-        update, count = column["update"], int(column["update"]["multiply_adds"])
-        table["multiply-adds of an update"][name] = f"{count / 1e9:.2f} G"
-        rate = float(update["gflop_per_s"])
-        table["rate of the update"][name] = f"{digits(rate)} GFLOP/s ({rate / peak:.0%})"
-    note = (
-        f"Medians of {joined(rows, 'repetitions')} interleaved repetitions. In brackets: the share "
-        "of the whole update; for other ways to generate, the ratio to generating; for the rate, "
-        f"the share of the {digits(peak)} GFLOP/s that a plain 8192 x 256 x 256 matrix product "
-        f"reached in the same run. Batch {joined(rows, 'batch_size')}, float32, {hardware(rows)}, "
-        f"torch {joined(rows, 'torch')}, commit {commits(rows)}."
+        if row["num_candidates"]:
+            key = row["script"], row["num_candidates"], row["flow_steps"], computed(row)
+            found[key][row["measurement"]] = row
+    return found
+
+
+def milliseconds(row: dict | None) -> float:
+    return float(row["milliseconds"]) if row else math.nan
+
+
+def spread(row: dict) -> float:
+    """The distance of the quartiles in terms of the median."""
+    return (float(row["quartile_3"]) - float(row["quartile_1"])) / milliseconds(row)
+
+
+def conditions(rows: list[dict]) -> str:
+    """How many repetitions, where, and with what."""
+    most = max(int(row["repetitions"]) for row in rows)
+    return (
+        f"Medians of {most} interleaved repetitions, Ant-v4's sizes, batch "
+        f"{joined(rows, 'batch_size')}; {hardware(rows)}, torch {joined(rows, 'torch')}, commit "
+        f"{commits(rows)}."
     )
-    return markdown([{"N, T": label} | row for label, row in table.items()]) + "\n\n" + note
+
+
+def rates(rows: list[dict]) -> str:
+    """The machine's own rates, as measured in the same run."""
+    texts = []
+    for row in rows:
+        name, ms = row["measurement"], milliseconds(row)
+        if name.startswith("matmul"):
+            rate = digits(2 * int(row["multiply_adds"]) / ms / 1e6)
+            texts.append(f"{name.removeprefix('matmul ')} in {row['precision']} {rate} GFLOP/s")
+        elif name.startswith("copy"):
+            rate = digits(float(row["compulsory_megabytes"]) / ms)
+            texts.append(f"a {name.removeprefix('copy ')} copy {rate} GB/s read and written")
+    return ", ".join(texts)
+
+
+def speed(path: Path) -> str:
+    rows, table, spreads = read(path), [], [0.0]
+    cases = by_case(rows)
+    for (script, n, t, how), case in cases.items():
+        line = {"script": f"`{script}`", "N, T": f"{n}, {t}", "computed": how}
+        update = case.get("update")
+        eager = milliseconds(cases.get((script, n, t, "eager"), {}).get("update"))
+        line["update"] = f"{digits(milliseconds(update))} ms" if update else "-"
+        faster = eager / milliseconds(update)
+        line["faster than eager"] = "-" if math.isnan(faster) else f"{faster:.2f} x"
+        line["over the floor"] = f"{float(update['ratio_to_floor']):.2f} x" if update else "-"
+        for name, title in PARTS.items():
+            row = case.get(name)
+            ratio = f" ({float(row['ratio_to_floor']):.2f})" if row else ""
+            line[title] = f"{digits(milliseconds(row))} ms{ratio}" if row else "-"
+        acting, first = case.get("acting"), case.get("first-update")
+        line["acting"] = f"{digits(milliseconds(acting))} ms" if acting else "-"
+        line["first update"] = f"{digits(milliseconds(first) / 1000)} s" if first else "-"
+        table.append(line)
+        spreads += [spread(update)] if update else []
+    peaks = [float(row["peak_megabytes"]) for row in rows if row["peak_megabytes"]]
+    note = (
+        f"{conditions(rows)} The middle half of an update's repetitions spans at most "
+        f"{max(spreads):.0%} of its median. The floor is what the counted multiply-adds take at "
+        "the best rate of a plain matrix product of that precision in the same run, or what the "
+        "bytes that must move take at the rate of a large copy, whichever is longer; in brackets "
+        f"the parts' ratios to theirs. Measured: {rates(rows)}. *Acting* is an exploring step of 5 "
+        "environments; *first update* has empty compile caches. Peak memory of "
+        f"{'the whole measurement' if len(set(peaks)) == 1 else 'a call'}: "
+        f"{digits(max(peaks))} MB."
+    )
+    return markdown(table) + "\n\n" + note
+
+
+def speed_of_acting(path: Path) -> str:
+    """One-step actions beside a SAC actor's, and what the simulator takes."""
+    rows, table = read(path), []
+    sac = [row for row in rows if (row["script"], row["measurement"]) == ("sac", "one-step")]
+    for row in rows:
+        names = {"one-step": f"`{row['script']}`, one step for one state, as evaluated in training"}
+        names["one-step deployed"] = f"`{row['script']}`, the same deployed (`for_one_step`)"
+        names["environments"] = "5 Ant-v4, one random step of each"
+        if row["script"] == "sac":
+            names["one-step"] = "SAC actor of the same width, a sample for one state"
+            names["one-step mean"] = "SAC actor of the same width, its mean"
+        if name := names.get(row["measurement"]):
+            line = {"what": name, "time": f"{digits(milliseconds(row))} ms"}
+            ratio = milliseconds(row) / milliseconds(sac[0]) if sac else math.nan
+            line["against SAC"] = "-" if math.isnan(ratio) else f"{ratio:.2f} x"
+            count = row["multiply_adds"]
+            table.append(line | {"multiply-adds": f"{int(count):,}" if count else "-"})
+    if not table:
+        return "no actions measured"
+    return f"{markdown(table)}\n\nEager float32, from array to array. {conditions(rows)}"
+
+
+def speed_of_variants(path: Path) -> str:
+    """Generation in ways that were not kept, against the one that was."""
+    rows, lines = read(path), defaultdict(dict)
+    for (_, n, t, how), case in by_case(rows).items():
+        for name, label in VARIANTS.items():
+            if row := case.get(f"generation, {name}"):
+                kept, name = milliseconds(case.get("generation")), f"{n}, {t}, {how}"
+                lines["as it is"][name] = "-" if math.isnan(kept) else f"{digits(kept)} ms"
+                ratio = milliseconds(row) / kept
+                lines[label][name] = "-" if math.isnan(ratio) else f"{ratio:.2f} x"
+    if not lines:
+        return "no variants measured"
+    table = markdown([{"generating, N, T": label} | line for label, line in lines.items()])
+    return f"{table}\n\nTime against the script's own. {conditions(rows)}"
+
+
+def end_to_end(path: Path) -> str:
+    rows, table = read(path), []
+    eager = {row["script"]: row for row in rows if row["mode"] == "eager"}
+    for row in rows:
+        rate = float(row["steps_per_second"])
+        line = {"script": f"`{row['script']}`", "computed": computed(row)}
+        line["N, T, UTD"] = f"{row['num_candidates']}, {row['flow_steps']}, {row['utd']}"
+        line["steps per second"] = digits(rate)
+        faster = milliseconds(eager.get(row["script"])) / milliseconds(row)
+        line["faster than eager"] = "-" if math.isnan(faster) else f"{faster:.2f} x"
+        line["hours per million steps"] = digits(1e6 / rate / 3600)
+        line["peak memory"] = f"{digits(float(row['peak_megabytes']))} MB"
+        full = digits(float(row["full_buffer_megabytes"]))
+        table.append(line | {"with a full buffer": f"{full} MB"})
+    low, high = min(rows, key=spread), max(rows, key=spread)
+    note = (
+        f"{joined(rows, 'env_id')}, {joined(rows, 'repetitions')} runs of "
+        f"{joined(rows, 'total_timesteps')} steps each, in turn, without evaluations and "
+        "checkpoints. Steps per second are the median over stretches of 500 steps after "
+        f"compilation, whose middle half spans {spread(low):.0%} to {spread(high):.0%} of it. "
+        "Memory is the process's peak, and that of a run with 1,000,000 stored transitions, the "
+        f"checkpoint at its end included. {hardware(rows)}, torch {joined(rows, 'torch')}, commit "
+        f"{commits(rows)}."
+    )
+    return markdown(table) + "\n\n" + note
 
 
 # ---------------------------------------------------------------------------- figures
@@ -370,7 +484,14 @@ TABLES = {  # name in the markers: (what writes it, from which CSV)
     "weight-modes": (ablation, "weight_modes_cpu.csv"),
     "reference-policies": (reference_policies, "reference_policies.csv"),
     "published": (published, "published_results.csv"),
-    "update-cost": (update_cost, "update_cost_cpu.csv"),
+    "speed-cpu": (speed, "speed_cpu.csv"),
+    "speed-acting-cpu": (speed_of_acting, "speed_cpu.csv"),
+    "speed-variants-cpu": (speed_of_variants, "speed_cpu.csv"),
+    "end-to-end-cpu": (end_to_end, "end_to_end_cpu.csv"),
+    "speed-cuda": (speed, "speed_cuda.csv"),
+    "speed-acting-cuda": (speed_of_acting, "speed_cuda.csv"),
+    "speed-variants-cuda": (speed_of_variants, "speed_cuda.csv"),
+    "end-to-end-cuda": (end_to_end, "end_to_end_cuda.csv"),
 }
 CURVES = {
     "fpmd_online_cpu.png": "fpmd_online_cpu.csv",

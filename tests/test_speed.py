@@ -18,7 +18,7 @@ def agent_after(script, updates, fast, device="cpu", **changes):
     torch.manual_seed(0)
     agent, generator = script.Agent(3, 2, args, device), torch.Generator(device).manual_seed(0)
     if fast:
-        script.accelerate(agent, device)
+        script.accelerate(agent, args, device)
     for i in range(updates):
         draw = rng(i)
         batch = {"obs": torch.randn((16, 3), generator=draw), "rewards": torch.ones(16)}
@@ -33,10 +33,10 @@ def agent_after(script, updates, fast, device="cpu", **changes):
 def test_fast_updates_equal_plain_ones(script, device):
     """Parameters, targets, statistics, metrics and optimizer state after 20 updates, to rounding.
 
-    80 candidates of 16 states make two blocks of different sizes.
+    20,000 rows are more than a block of layers 16 wide, so they make two of different sizes.
     """
     torch._dynamo.reset()
-    both = [agent_after(script, 20, fast, device, num_candidates=80) for fast in (False, True)]
+    both = [agent_after(script, 20, fast, device, num_candidates=1250) for fast in (False, True)]
     (plain, plain_metrics), (fast, fast_metrics) = both
     assert plain.state_dict().keys() == fast.state_dict().keys()  # no _orig_mod.
     torch.testing.assert_close(fast.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
@@ -76,7 +76,7 @@ def test_without_a_compiler_one_line_and_on(script, run, monkeypatch, capsys):
 
 
 def test_blocks_are_the_whole(script):
-    """Candidates go through in pieces of 1,024 rows per thread, single actions in one."""
+    """Candidates go through in pieces of so many rows, single actions as they are."""
     args = script.Args(hidden_dim=8)
     agent, seen = script.Agent(3, 2, args, torch.device("cpu")), []
 
@@ -88,7 +88,7 @@ def test_blocks_are_the_whole(script):
     obs, x, t = torch.randn(256, 3), torch.randn(9, 256, 2), [torch.rand(1)] * 2
     t = t[: 1 + ("meanflow" in script.__name__)]
     for network, dim, times in (agent.policy, 0, t), (agent.critic, 1, []):
-        blocks = script.in_blocks(spy(network), dim)
+        blocks = script.in_blocks(spy(network), dim, 1024)
         torch.testing.assert_close(blocks(obs, x, *times), network(obs, x, *times))
         torch.testing.assert_close(blocks(obs, x[0], *times), network(obs, x[0], *times))
         assert seen == [(4, 256, 2), (4, 256, 2), (1, 256, 2), (256, 2)]

@@ -1,0 +1,78 @@
+"""benchmark/speed.py: a small run of it, and the arithmetic of what it writes."""
+
+import csv
+import importlib
+import math
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SCRIPTS
+
+COLUMNS = "script,num_candidates,flow_steps,mode,precision,measurement,milliseconds,quartile_1,"
+COLUMNS += "quartile_3,multiply_adds,compulsory_megabytes,floor_ms,ratio_to_floor,peak_megabytes,"
+COLUMNS += "batch_size,repetitions,device,threads,torch,commit"
+
+
+@pytest.fixture
+def speed(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    return importlib.import_module("speed")
+
+
+def test_a_small_measurement(tmp_path):
+    """Every script eagerly; the variants check for themselves that they give the same actions."""
+    output = tmp_path / "speed.csv"
+    flags = "--only update generation ranking learning one-step sac --modes eager --settings 2,1"
+    flags += f" --batch-size 16 --repetitions 1 --threads 1 --variants --output {output}"
+    command = [sys.executable, ROOT / "benchmark" / "speed.py", *flags.split()]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "over the floor" in result.stdout and "all candidates in one piece" in result.stdout
+    with output.open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+        assert ",".join(reader.fieldnames) == COLUMNS
+    assert all(0 < float(row["quartile_1"]) <= float(row["milliseconds"]) for row in rows)
+    timed = {(row["script"], row["measurement"]): row for row in rows}
+    fastest = {"float32": 0, "bfloat16": 0}  # multiply-adds per millisecond
+    for row in rows:
+        if row["measurement"].startswith("matmul"):
+            rate = int(row["multiply_adds"]) / float(row["milliseconds"])
+            fastest[row["precision"]] = max(fastest[row["precision"]], rate)
+    copy = timed["", "copy 256 MiB"]
+    bandwidth = float(copy["compulsory_megabytes"]) / float(copy["milliseconds"])
+    for script in SCRIPTS:
+        parts = [timed[script, name] for name in ("generation", "ranking", "learning")]
+        for row in parts:
+            floor = max(
+                int(row["multiply_adds"]) / fastest["float32"],
+                float(row["compulsory_megabytes"]) / bandwidth,
+            )
+            assert float(row["floor_ms"]) == pytest.approx(floor, rel=0.01)
+        update, floors = timed[script, "update"], [float(row["floor_ms"]) for row in parts]
+        assert float(update["floor_ms"]) == pytest.approx(sum(floors), rel=0.01)
+        ratio = float(update["milliseconds"]) / float(update["floor_ms"])
+        assert math.isfinite(ratio)
+        assert float(update["ratio_to_floor"]) == pytest.approx(ratio, rel=0.01)
+        counts = sum(int(row["multiply_adds"]) for row in parts)
+        assert int(update["multiply_adds"]) == pytest.approx(counts, abs=2)
+        assert timed[script, "one-step"]["num_candidates"] == ""
+    # three hidden layers and the mean of the actor for one state, a sample wants the log std too
+    mean = 27 * 256 + 2 * 256**2 + 256 * 8
+    assert int(timed["sac", "one-step mean"]["multiply_adds"]) == mean
+    assert int(timed["sac", "one-step"]["multiply_adds"]) == mean + 256 * 8
+    # deployed, the noise is an input and no time is embedded
+    for script in SCRIPTS:
+        deployed = int(timed[script, "one-step deployed"]["multiply_adds"])
+        assert deployed == mean + 8 * 256 < int(timed[script, "one-step"]["multiply_adds"])
+
+
+def test_every_script_is_measured(speed):
+    assert set(speed.SETTINGS) == set(SCRIPTS)
+
+
+def test_step_times_leave_out_what_comes_before_the_first_row(speed, tmp_path):
+    text = "global_step,updates,wall_time\n1500,100,60.0\n2000,200,65.0\n2500,300,75.0\n"
+    (tmp_path / "metrics.csv").write_text(text)
+    assert speed.step_times(tmp_path) == [0.01, 0.02]
