@@ -244,7 +244,7 @@ def for_one_step(policy: AverageVelocityField) -> AverageVelocityField:
     w, w_t = first.weight.split([first.in_features - 2 * TIME_DIM, 2 * TIME_DIM], 1)
     r, t = (time_embedding(torch.full((1,), t, device=w.device)) for t in (0.0, 1.0))
     first.bias += w_t @ torch.cat([policy.r_mlp(r), policy.t_mlp(t)])
-    first.weight, plain = nn.Parameter(w), nn.Sequential(first, *layers)
+    first.weight, plain = nn.Parameter(w.contiguous()), nn.Sequential(first, *layers)
     folded.forward = lambda obs, z, r, t: plain(torch.cat([obs.expand(*z.shape[:-1], -1), z], -1))
     return folded
 

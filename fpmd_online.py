@@ -242,7 +242,7 @@ def for_one_step(policy: VelocityField) -> VelocityField:
     first, *layers = folded.net
     w, w_t = first.weight.split([first.in_features - TIME_DIM, TIME_DIM], 1)
     first.bias += w_t @ policy.time_mlp(time_embedding(torch.zeros(1, device=w.device)))
-    first.weight, plain = nn.Parameter(w), nn.Sequential(first, *layers)
+    first.weight, plain = nn.Parameter(w.contiguous()), nn.Sequential(first, *layers)
     folded.forward = lambda obs, z, t: plain(torch.cat([obs.expand(*z.shape[:-1], -1), z], -1))
     return folded
 

@@ -399,6 +399,42 @@ def end_to_end(path: Path) -> str:
 # ---------------------------------------------------------------------------- figures
 
 
+def precision(path: Path) -> str:
+    """What bfloat16 changes, one line per way to use it, over runs."""
+    rows, table = read(path), []
+    titles = {
+        "generation": "generating in bfloat16, ranking in float32",
+        "ranking": "ranking in bfloat16",
+        "ranking, best 4 again": "the same, its best four ranked again in float32",
+        "ranking, head": "ranking in bfloat16 but for the last layer",
+        "ranking, head, best 4 again": "the same, its best four ranked again in float32",
+    }
+    for what, title in titles.items():
+        own = [row for row in rows if row["what"] == what]
+        line = {"used for": title}
+        for column, name, unit in (
+            ("same choice as float32", "agreement", "%"),
+            ("Q lost by the choice", "q_loss", "%"),
+            ("error of the chosen Q", "q_error", "%"),
+            ("error of an action", "action_error", ""),
+        ):
+            values = [float(row[name]) for row in own if row[name]]
+            low, high = (
+                f"{100 * v:.3g} %" if unit else f"{v:.2g}"
+                for v in (min(values, default=0), max(values, default=0))
+            )
+            line[column] = (low if low == high else f"{low} to {high}") if values else ""
+        table.append(line)
+    agents = {(row["env_id"], row["seed"]): row for row in rows}.values()
+    listed = "; ".join(
+        f"{row['env_id']} seed {row['seed']}, {int(row['global_step']):,} steps, spread of Q over "
+        f"candidates {float(row['q_spread']):.2g} at a mean Q of {float(row['q_mean']):.2g}"
+        for row in agents
+    )
+    note = "Range over agents. Losses and errors of Q are in terms of that spread. Agents of "
+    return f"{markdown(table)}\n\n{note}{joined(rows, 'algorithm')}: {listed}."
+
+
 def spread_out(heights: list[float], gap: float) -> list[float]:
     """Heights for labels: near the given ones, in their order, at least gap apart."""
     order, placed = sorted(range(len(heights)), key=heights.__getitem__), list(heights)
@@ -478,6 +514,7 @@ def draw_learning_curves(path: Path, output: Path) -> None:
 # ---------------------------------------------------------------------------- main
 
 TABLES = {  # name in the markers: (what writes it, from which CSV)
+    "precision": (precision, "precision.csv"),
     "results-cpu": (results, "fpmd_online_cpu.csv"),
     "meanflow-cpu": (results, "fpmd_meanflow_online_cpu.csv"),
     "meanflow-seeds": (last_evaluations, "fpmd_meanflow_online_cpu.csv"),

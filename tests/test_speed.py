@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, rng
+from conftest import SMALL, randomise, rng
 
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -93,6 +93,18 @@ def test_blocks_are_the_whole(script):
         torch.testing.assert_close(blocks(obs, x[0], *times), network(obs, x[0], *times))
         assert seen == [(4, 256, 2), (4, 256, 2), (1, 256, 2), (256, 2)]
         seen.clear()
+
+
+def test_the_policy_for_one_step_is_the_same_policy(script):
+    """For a few states and for candidates of them; the policy it is made from stays as it was."""
+    policy = script.Agent(3, 2, script.Args(hidden_dim=8), torch.device("cpu")).target_policy
+    randomise(policy, 0)
+    before = [p.clone() for p in policy.parameters()]
+    folded, obs = script.for_one_step(policy), torch.randn(5, 3)
+    for z in torch.randn(5, 2), torch.randn(4, 5, 2):
+        expected = script.generate(policy, obs, z, 1)
+        torch.testing.assert_close(script.generate(folded, obs, z, 1), expected)
+    assert all(map(torch.equal, before, policy.parameters()))
 
 
 def test_learn_reads_nothing_that_a_graph_would_freeze(script):

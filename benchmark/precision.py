@@ -1,0 +1,112 @@
+"""How far bfloat16 moves what an update decides, on trained agents: results/precision.csv.
+
+For states of the replay buffer in each run's checkpoint, and 32 candidates per state from the same
+noise in float32 and bfloat16:
+
+    generation   error of the candidates, whether float32 critics choose the same one of them, and
+                 the error of its Q, in terms of the spread of Q over a state's candidates
+    ranking      whether critics in bfloat16 choose what float32 ones do among float32 candidates,
+                 and how much Q that loses; alone, with the last layer in float32 (head), and with
+                 the best 4 ranked again in float32
+
+    python benchmark/precision.py runs/<run> [runs/<run> ...]
+"""
+
+import argparse
+import csv
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import report
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SCRIPTS = "fpmd_online", "fpmd_meanflow_online"
+STATES, CANDIDATES, AGAIN = 4096, 32, 4
+
+
+def bfloat16(enabled: bool = True) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled)
+
+
+def head_in_float32(net: nn.Sequential, x: Tensor) -> Tensor:
+    with bfloat16():
+        for layer in list(net)[:-1]:
+            x = layer(x)
+    return net[-1](x.float())
+
+
+def judge(chosen: Tensor, q: Tensor) -> dict:
+    """How often (B,) indices are float32's choice, and the Q they lose in terms of its spread."""
+    loss = q.amax(0) - q.gather(0, chosen[None])[0]
+    return {
+        "agreement": (chosen == q.argmax(0)).float().mean().item(),
+        "q_loss": (loss.mean() / q.std(0).mean()).item(),
+    }
+
+
+@torch.no_grad()
+def measure(run_dir: str) -> list[dict]:
+    """Rows of the CSV for one run."""
+    stored = json.loads((Path(run_dir) / "args.json").read_text())
+    name = max((name for name in SCRIPTS if stored["exp_name"].startswith(name)), key=len)
+    script = importlib.import_module(name)
+    _, saved = script.load(run_dir, "checkpoint.pt")
+    args = script.Args(**saved["args"])
+    args.num_candidates = CANDIDATES
+    buffer, draw = saved["buffer"], torch.Generator().manual_seed(0)
+    sizes = buffer["obs"].shape[1], buffer["actions"].shape[1]
+    agent = script.Agent(*sizes, args, torch.device("cpu"))
+    agent.load_state_dict(saved["agent"])
+    obs = buffer["next_obs"][torch.randint(len(buffer["obs"]), (STATES,), generator=draw)]
+    std, candidates = agent.log_alpha.exp() * args.noise_scale, {}
+    for low in False, True:
+        with bfloat16(low):
+            rng = torch.Generator().manual_seed(1)
+            candidates[low] = script.propose(agent.policy, obs, std, args, rng)
+    exact, moved = candidates[False], candidates[True]
+    q, q_moved = (agent.critic(obs, each).amin(0) for each in (exact, moved))  # (N, B)
+    spread = q.std(0).mean().item()
+    row = {"algorithm": name, "env_id": args.env_id, "seed": args.seed}
+    row |= {"global_step": saved["global_step"], "q_mean": q.mean().item(), "q_spread": spread}
+    error = {
+        "action_error": (moved - exact).abs().mean().item(),
+        "q_error": ((q_moved.amax(0) - q.amax(0)).abs().mean() / spread).item(),
+    }
+    rows = [row | {"what": "generation"} | judge(q_moved.argmax(0), q) | error]
+    with bfloat16():
+        alone = agent.critic(obs, exact).amin(0)
+    x = torch.cat([obs.expand(CANDIDATES, -1, -1), exact], -1)
+    head = torch.stack([head_in_float32(net, x) for net in (agent.critic.q1, agent.critic.q2)])
+    for what, ranked in ("ranking", alone), ("ranking, head", head.squeeze(-1).amin(0)):
+        top = ranked.topk(AGAIN, 0).indices
+        best_of_top = top.gather(0, q.gather(0, top).argmax(0)[None])[0]
+        rows.append(row | {"what": what} | judge(ranked.argmax(0), q))
+        rows.append(row | {"what": f"{what}, best {AGAIN} again"} | judge(best_of_top, q))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", help="run directories with a checkpoint")
+    default = ROOT / "benchmark" / "results" / "precision.csv"
+    parser.add_argument("--output", type=Path, default=default, help="CSV to write")
+    options = parser.parse_args()
+    rows = [row for run_dir in options.runs for row in measure(run_dir)]
+    with options.output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            numbers = {k: f"{v:.6g}" for k, v in row.items() if isinstance(v, float)}
+            writer.writerow(row | numbers)
+    print(report.precision(options.output))
+
+
+if __name__ == "__main__":
+    main()
