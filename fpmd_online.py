@@ -185,10 +185,9 @@ class Agent(nn.Module):
         self.to(device)
         self.updates = self.alpha_updates = 0
         adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
-        policy_lr = torch.tensor(args.policy_lr[0], device=device)  # a tensor: captured, it decays
         self.optimizers = {
             "critic": adam(self.critic.parameters(), args.critic_lr),
-            "policy": adam(self.policy.parameters(), policy_lr),
+            "policy": adam(self.policy.parameters(), args.policy_lr[0]),
             "alpha": torch.optim.Adam([self.log_alpha], args.alpha_lr),
         }
         self.act, self.learn, self.policy_loss = act, learn, policy_loss  # accelerate's handles
@@ -235,18 +234,6 @@ def act(agent: Agent, obs: Tensor, args: Args, rng: Generator, mode: str) -> Ten
     return select_action(agent.critic, obs, candidates)[0]
 
 
-@torch.no_grad()
-def for_one_step(policy: VelocityField) -> VelocityField:
-    """A copy that is v(s, z, 0) at any time, twice as fast: a bias holds the embedding."""
-    folded = copy.deepcopy(policy)
-    first, *layers = folded.net
-    w, w_t = first.weight.split([first.in_features - TIME_DIM, TIME_DIM], 1)
-    first.bias += w_t @ policy.time_mlp(time_embedding(torch.zeros(1, device=w.device)))
-    first.weight, plain = nn.Parameter(w.contiguous()), nn.Sequential(first, *layers)
-    folded.forward = lambda obs, z, t: plain(torch.cat([obs.expand(*z.shape[:-1], -1), z], -1))
-    return folded
-
-
 # ---------------------------------------------------------------------------- learning
 def importance_weights(q: Tensor, q_stats: Tensor, alpha: Tensor, args: Args) -> Tensor:
     """Mirror-descent weights w of the regression targets, from q = Q(s', a*): (B,) -> (B,).
@@ -291,23 +278,20 @@ def update_alpha(agent: Agent, args: Args) -> None:
     agent.alpha_updates += 1
 
 
-def update_policy(
+def policy_gradient(
     agent: Agent, obs: Tensor, actions: Tensor, w: Tensor, args: Args, rng: Generator
 ) -> Tensor:
-    """One policy step towards actions (B, act_dim), then one step of the slow copies."""
+    """The policy's gradient towards actions (B, act_dim), left in its parameters, and the loss."""
     t = torch.rand((len(obs), 1), generator=rng, device=obs.device)
     noise = torch.randn(actions.shape, generator=rng, device=obs.device)
     loss = agent.policy_loss(agent.policy, obs, actions, w, noise, t)
     agent.optimizers["policy"].zero_grad()
     loss.backward()
-    agent.optimizers["policy"].step()
-    for slow, fast in (agent.target_critic, agent.critic), (agent.target_policy, agent.policy):
-        torch._foreach_lerp_(list(slow.parameters()), [p.data for p in fast.parameters()], args.tau)
     return loss.detach()
 
 
 def learn(agent: Agent, batch: dict, args: Args, rng: Generator, improve: bool) -> dict:
-    """The tensors' part of an update, which reads nothing that a captured graph would freeze."""
+    """Critics' step and, to improve it, the policy's gradient; a CUDA graph may stand in for it."""
     next_obs, alpha = batch["next_obs"], agent.log_alpha.detach().exp()
     # one generation at s' serves both losses: the TD action is also what the policy imitates
     autocast = torch.autocast(next_obs.device.type, torch.bfloat16, args.precision == "bfloat16")
@@ -333,7 +317,7 @@ def learn(agent: Agent, batch: dict, args: Args, rng: Generator, improve: bool) 
             race = torch.empty_like(p).exponential_(generator=rng) / p  # won with probability p
             actions = candidates.take_along_dim(race.argmin(0)[None, :, None], 0)[0].clamp(-1, 1)
             ess = (1 / (len(p) * p.square().sum(0))).mean()  # effective candidates / N
-        metrics["losses/policy_loss"] = update_policy(agent, next_obs, actions, w, args, rng)
+        metrics["losses/policy_loss"] = policy_gradient(agent, next_obs, actions, w, args, rng)
         clipped = (best_q - agent.q_stats[0] / agent.q_stats[1]).abs() >= 3  # as clip_alpha would
         metrics |= {"policy/ess": ess, "policy/clipped_fraction": clipped.float().mean()}
 
@@ -346,10 +330,16 @@ def learn(agent: Agent, batch: dict, args: Args, rng: Generator, improve: bool) 
 def update(agent: Agent, batch: dict, args: Args, rng: Generator) -> dict[str, Tensor]:
     """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
     step, wait = divmod(agent.updates, args.policy_delay)
-    lr = np.interp(step, args.policy_lr_decay, args.policy_lr)
-    agent.optimizers["policy"].param_groups[0]["lr"].fill_(lr)
+    metrics = agent.learn(agent, batch, args, rng, not wait)
     agent.updates += 1
-    return agent.learn(agent, batch, args, rng, not wait)
+    if wait:
+        return metrics
+    lr = float(np.interp(step, args.policy_lr_decay, args.policy_lr))
+    agent.optimizers["policy"].param_groups[0]["lr"] = lr
+    agent.optimizers["policy"].step()
+    for slow, fast in (agent.target_critic, agent.critic), (agent.target_policy, agent.policy):
+        torch._foreach_lerp_(list(slow.parameters()), [p.data for p in fast.parameters()], args.tau)
+    return metrics
 
 
 # -------------------------------------------------- plumbing, the same text in every script
@@ -489,6 +479,18 @@ def accelerate(agent, args: Args, device: torch.device) -> None:
     if device.type == "cuda":
         agent.act, agent.learn = Captured(agent.act), Captured(agent.learn)
         torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be captured
+
+
+@torch.no_grad()
+def for_one_step(policy: VelocityField) -> VelocityField:
+    """A copy that is v(s, z, 0) at any time, twice as fast: a bias holds the embedding."""
+    folded = copy.deepcopy(policy)
+    first, *layers = folded.net
+    w, w_t = first.weight.split([first.in_features - TIME_DIM, TIME_DIM], 1)
+    first.bias += w_t @ policy.time_mlp(time_embedding(torch.zeros(1, device=w.device)))
+    first.weight, plain = nn.Parameter(w.contiguous()), nn.Sequential(first, *layers)
+    folded.forward = lambda obs, z, t: plain(torch.cat([obs.expand(*z.shape[:-1], -1), z], -1))
+    return folded
 
 
 class ReplayBuffer:

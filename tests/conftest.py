@@ -85,15 +85,16 @@ class OneStep(nn.Module):
 def fit(script, draw, updates, lr, hidden_dim):
     """The policy after regression on targets and weights, draw(256) -> (256, act_dim), (256,).
 
-    Steps are the script's own update_policy, the learning rate falls to 0.
+    Gradients are the script's own, the learning rate falls to 0.
     """
     torch.manual_seed(0)
     act_dim, obs, generator = draw(256)[0].shape[1], torch.zeros(256, 1), rng()
     args = script.Args(hidden_dim=hidden_dim)
     agent = script.Agent(1, act_dim, args, torch.device("cpu"))
     for update in range(updates):
-        agent.optimizers["policy"].param_groups[0]["lr"].fill_(lr * (1 - update / updates))
-        script.update_policy(agent, obs, *draw(256), args, generator)
+        script.policy_gradient(agent, obs, *draw(256), args, generator)
+        agent.optimizers["policy"].param_groups[0]["lr"] = lr * (1 - update / updates)
+        agent.optimizers["policy"].step()
     return agent.policy
 
 

@@ -320,10 +320,10 @@ def test_shared_blocks_are_the_same_text(block):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_can_be_read_in_one_sitting(name):
-    """At most 790 lines of 100 columns, and the method within the first 345."""
+    """At most 800 lines of 100 columns, 70 of them for speed; the method within the first 350."""
     lines = (ROOT / f"{name}.py").read_text().splitlines()
     (plumbing,) = [i for i, line in enumerate(lines) if re.match("# -+ plumbing", line)]
-    assert len(lines) <= 790 and plumbing <= 345 and max(map(len, lines)) <= 100
+    assert len(lines) <= 800 and plumbing <= 350 and max(map(len, lines)) <= 100
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

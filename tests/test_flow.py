@@ -235,7 +235,7 @@ def test_times_are_uniform():
         return loss(policy, obs, actions, w, noise, t)
 
     agent.policy_loss, n = catch, 20_000
-    fpmd.update_policy(agent, torch.zeros(n, 3), torch.zeros(n, 2), torch.ones(n), args, rng())
+    fpmd.policy_gradient(agent, torch.zeros(n, 3), torch.zeros(n, 2), torch.ones(n), args, rng())
     t = times[0].squeeze(-1).sort().values
     distance = (t - torch.arange(n) / n).abs().max()
     assert (

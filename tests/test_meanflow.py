@@ -298,7 +298,7 @@ def drawn_times(p_instant, n=40_000):
         return sum(p.sum() for p in policy.parameters())
 
     agent.policy_loss = catch
-    fpmd.update_policy(agent, torch.zeros(n, 3), torch.zeros(n, 2), torch.ones(n), args, rng())
+    fpmd.policy_gradient(agent, torch.zeros(n, 3), torch.zeros(n, 2), torch.ones(n), args, rng())
     assert [x.shape for x in caught] == [(n, 1)] * 2
     r, t = (x.squeeze(-1).double() for x in caught)
     assert (r >= 0).all() and (r <= t).all() and (t <= 1).all()

@@ -62,7 +62,7 @@ TENT = KnownQ(lambda a: tent(a)[0], lambda a: tent(a)[1])
 
 
 def improve(script, policy, critic, states=STATES, seed=0, **args):
-    """One `update`: what reaches update_policy, actions (B,) and weights (B,), and the metrics."""
+    """One update: what reaches policy_gradient, actions (B,) and weights (B,), and the metrics."""
     args = {"num_candidates": 1, "flow_steps": 1, "prior_std": 1.0, "noise_scale": 0.0} | args
     args, targets = script.Args(**args, alpha_init=ALPHA, hidden_dim=8), []
     agent = script.Agent(1, 1, args, torch.device("cpu"))
@@ -76,8 +76,8 @@ def improve(script, policy, critic, states=STATES, seed=0, **args):
     batch = {key: torch.zeros(states, 1) for key in ("obs", "next_obs", "actions")}
     batch |= {key: torch.zeros(states) for key in ("rewards", "terminations")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "update_policy", catch)
-        metrics = script.update(agent, batch, args, rng(seed))
+        patch.setattr(script, "policy_gradient", catch)
+        metrics = script.learn(agent, batch, args, rng(seed), improve=True)
     return *targets, metrics
 
 

@@ -97,15 +97,17 @@ def test_slow_copies_start_equal_and_frozen(script):
 # ---------------------------------------------------------------------------- isolation
 
 
-def test_policy_step_leaves_the_critic_alone(script):
-    """update_policy moves policy and slow copies only, and no gradient reaches a critic."""
+def test_policy_gradient_is_the_policys_alone(script):
+    """It reaches every parameter of the policy and no other, and moves nothing."""
     agent, args = make_agent(script)
-    critic, policy, log_alpha = values(agent.critic), values(agent.policy), agent.log_alpha.item()
+    before = values(agent)
     arguments = torch.randn(BATCH, OBS), torch.randn(BATCH, ACT), torch.ones(BATCH)
-    loss = script.update_policy(agent, *arguments, args, rng())
-    assert all(equal(critic, values(agent.critic))) and agent.log_alpha.item() == log_alpha
-    assert not any(equal(policy, values(agent.policy)))
-    assert all(p.grad is None for p in agent.critic.parameters()) and not loss.requires_grad
+    loss = script.policy_gradient(agent, *arguments, args, rng())
+    assert all(equal(before, values(agent))) and not loss.requires_grad
+    with_gradient = {
+        name.split(".")[0] for name, p in agent.named_parameters() if p.grad is not None
+    }
+    assert with_gradient == {"policy"} and all(p.grad.any() for p in agent.policy.parameters())
 
 
 def test_critic_step_leaves_the_policy_alone(script):
@@ -205,7 +207,7 @@ def test_policy_steps_are_adam_on_the_policy_loss(script, monkeypatch):
     manual, calls = copy.deepcopy(agent.policy), spy(monkeypatch, agent, "policy_loss")
     adam, steps = (
         torch.optim.Adam(manual.parameters(), 3e-4),
-        spy(monkeypatch, script, "update_policy"),
+        spy(monkeypatch, script, "policy_gradient"),
     )
     for update in range(5):
         script.update(agent, make_batch(update), args, rng(update))
@@ -305,7 +307,7 @@ def test_update_hands_the_right_targets_to_the_policy(script, mode, monkeypatch)
     critic, batch = copy.deepcopy(agent.critic), make_batch()
     selections, steps = (
         spy(monkeypatch, script, "select_action"),
-        spy(monkeypatch, script, "update_policy"),
+        spy(monkeypatch, script, "policy_gradient"),
     )
     metrics = script.update(agent, batch, args, rng())
     candidates = selections[0][0][2].double().numpy()  # (N, B, act_dim)
@@ -334,7 +336,7 @@ def test_update_hands_the_right_targets_to_the_policy(script, mode, monkeypatch)
 def test_effective_sample_size(script, mode, monkeypatch):
     """policy/ess is in (0, 1]: Kish's (sum w)^2 / (B sum w^2), per state for particles."""
     agent, args = make_agent(script, weight_mode=mode, temperature=0.1)
-    steps = spy(monkeypatch, script, "update_policy")
+    steps = spy(monkeypatch, script, "policy_gradient")
     selections = spy(monkeypatch, script, "select_action")
     ess = script.update(agent, make_batch(), args, rng())["policy/ess"].item()
     w = steps[0][0][3].double().numpy()[:, None]  # (B, 1)
