@@ -478,7 +478,8 @@ def accelerate(agent, args: Args, device: torch.device) -> None:
     agent.policy_loss = torch.compile(agent.policy_loss, dynamic=False)
     if device.type == "cuda":
         agent.act, agent.learn = Captured(agent.act), Captured(agent.learn)
-        torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be captured
+        torch.cuda.synchronize(device)
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # the default one cannot be captured
 
 
 @torch.no_grad()
