@@ -183,7 +183,7 @@ class Agent(nn.Module):
         # running mean and std of Q(s, a*) over states, running mean of its std over candidates
         self.register_buffer("q_stats", torch.tensor([0.0, 1.0, 1.0]))
         self.to(device)
-        self.updates = self.alpha_updates = 0
+        self.device, self.updates, self.alpha_updates = device, 0, 0
         adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
         self.optimizers = {
             "critic": adam(self.critic.parameters(), args.critic_lr),
@@ -520,7 +520,7 @@ class ReplayBuffer:
 
 def evaluate(agent: Agent, envs, args: Args, mode: str, film: Path, stop=()) -> dict:
     """One episode per env, side by side: a row for evaluations.csv; films one_step's first env."""
-    rng = Generator(agent.log_alpha.device).manual_seed(args.seed)  # all evaluations start alike
+    rng = Generator(agent.device).manual_seed(args.seed)  # all evaluations start alike
     obs, _ = envs.reset(seed=[2 * args.seed + 1] * envs.num_envs)  # training has the even seeds
     running, frames = np.full(envs.num_envs, True), []
     returns, successes = np.zeros(envs.num_envs), np.full(envs.num_envs, np.nan)
@@ -596,7 +596,8 @@ def save_run(run_dir, args, agent, buffer, envs, rng, progress: dict) -> None:
     state = progress | {"args": asdict(replace(args, resume=None))}
     policy = {"policy": agent.target_policy.state_dict(), "critics": agent.critic.state_dict()}
     policy |= {key: state[key] for key in ("args", "global_step")}
-    state |= {"agent": agent.state_dict(), "counters": [agent.updates, agent.alpha_updates]}
+    counters = {key: value for key, value in vars(agent).items() if type(value) is int}
+    state |= {"agent": agent.state_dict(), "counters": counters}
     state["optimizers"] = {key: opt.state_dict() for key, opt in agent.optimizers.items()}
     state["buffer"] = {key: value[: buffer.size].clone() for key, value in buffer.data.items()}
     state |= {"position": buffer.position, "rng": rng.get_state(), "device": rng.device.type}
@@ -622,7 +623,7 @@ def load(path: str, name: str) -> tuple[Path, dict]:
 def restore_run(saved: dict, agent, buffer, envs, rng) -> np.ndarray:
     """Undo save_run; returns the observations the envs were at."""
     agent.load_state_dict(saved["agent"])
-    agent.updates, agent.alpha_updates = saved["counters"]
+    vars(agent).update(saved["counters"])
     for key, optimizer in agent.optimizers.items():
         optimizer.load_state_dict(saved["optimizers"][key])
     buffer.position, buffer.size = saved["position"], len(saved["buffer"]["rewards"])
@@ -677,7 +678,7 @@ def replay(args: Args, agent: Agent, envs) -> None:
     result = evaluate(agent, envs, args, "one_step", file.parent / "videos" / "evaluate")
     for episode, value in enumerate(result["returns"].split()):
         print(f"episode {episode}: return {value}")
-    obs = torch.zeros(1, *envs.single_observation_space.shape, device=agent.log_alpha.device)
+    obs = torch.zeros(1, *envs.single_observation_space.shape, device=agent.device)
     rng = Generator(obs.device)
     ms = min(timeit.repeat(lambda: act(agent, obs, args, rng, "one_step").cpu(), number=100)) * 10
     print("return {return_mean:.2f} +- {return_std:.2f}".format(**result), f"{ms:.3f} ms/action")
