@@ -519,6 +519,7 @@ TABLES = {  # name in the markers: (what writes it, from which CSV)
     "meanflow-cpu": (results, "fpmd_meanflow_online_cpu.csv"),
     "meanflow-seeds": (last_evaluations, "fpmd_meanflow_online_cpu.csv"),
     "weight-modes": (ablation, "weight_modes_cpu.csv"),
+    "weight-modes-utd1": (ablation, "weight_modes_utd1_cpu.csv"),
     "reference-policies": (reference_policies, "reference_policies.csv"),
     "published": (published, "published_results.csv"),
     "speed-cpu": (speed, "speed_cpu.csv"),
