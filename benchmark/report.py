@@ -399,6 +399,30 @@ def end_to_end(path: Path) -> str:
 # ---------------------------------------------------------------------------- figures
 
 
+def against_authors(path: Path) -> str:
+    """Update times beside the authors' code, which was timed by hand in turn with ours."""
+    rows, table = read(path), []
+    cases = defaultdict(list)
+    for row in rows:
+        key = row["script"], row["num_candidates"], row["flow_steps"], row["precision"]
+        cases[key].append([float(row["authors_ms"]), float(row["ours_ms"])])
+    for (script, n, t, precision), pairs in cases.items():
+        theirs, ours = (statistics.median(times) for times in zip(*pairs, strict=True))
+        ratios = [own / other for other, own in pairs]
+        line = {"script": f"`{script}`", "N, T": f"{n}, {t}", "generation in": precision}
+        line |= {"authors' JAX": f"{digits(theirs)} ms", "ours": f"{digits(ours)} ms"}
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        table.append(line | {"ratio": f"{statistics.median(ratios):.2f}", "over rounds": spread})
+    note = (
+        f"Medians of {len(rows) // len(cases)} rounds; in each, the authors' update and ours ran "
+        "one after the other in processes of their own, medians of 12 updates after compilation, "
+        f"batch 256, Ant-v4's sizes. Theirs is compiled by jax {joined(rows, 'jax')} and its "
+        f"metrics are read after every update, as it does. {hardware(rows)}, torch "
+        f"{joined(rows, 'torch')}, commit {commits(rows)}."
+    )
+    return f"{markdown(table)}\n\n{note}"
+
+
 def precision(path: Path) -> str:
     """What bfloat16 changes, one line per way to use it, over runs."""
     rows, table = read(path), []
@@ -515,6 +539,7 @@ def draw_learning_curves(path: Path, output: Path) -> None:
 
 TABLES = {  # name in the markers: (what writes it, from which CSV)
     "precision": (precision, "precision.csv"),
+    "authors-cpu": (against_authors, "authors_cpu.csv"),
     "results-cpu": (results, "fpmd_online_cpu.csv"),
     "meanflow-cpu": (results, "fpmd_meanflow_online_cpu.csv"),
     "meanflow-seeds": (last_evaluations, "fpmd_meanflow_online_cpu.csv"),
