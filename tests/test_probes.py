@@ -74,7 +74,8 @@ def test_time_limit_is_no_termination(script, run):
 @pytest.mark.parametrize("weight_mode", ["temperature", "clip_alpha", "none", "particles"])
 def test_reward_depends_on_action(script, run, weight_mode):
     """The deployed policy, one candidate from one step, finds an optimum inside the box."""
-    agent = trained(script, run, "Acted", weight_mode=weight_mode, reward_scale=2.0)
+    settings = {"weight_mode": weight_mode, "reward_scale": 2.0, "total_timesteps": 3200}
+    agent = trained(script, run, "Acted", **settings)
     actions = one_step_actions(script, agent, 0)
     assert actions.mean().item() == pytest.approx(0.5, abs=0.15)
     assert (actions - 0.5).abs().mean() < 0.2
