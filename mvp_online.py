@@ -198,8 +198,9 @@ def act(agent: Agent, obs: Tensor, args: Args, rng: Generator, mode: str) -> Ten
     """
     if mode == "one_step":
         noise = torch.randn((len(obs), agent.policy.act_dim), generator=rng, device=obs.device)
-        return generate(agent.policy, obs, args.prior_std * noise, 1).clamp(-1, 1)
-    candidates = propose(agent.policy, obs, args.noise_scale * (mode == "explore"), args, rng)
+        return generate(agent.target_policy, obs, args.prior_std * noise, 1).clamp(-1, 1)
+    std = args.noise_scale * (mode == "explore")
+    candidates = propose(agent.target_policy, obs, std, args, rng)
     return select_action(agent.critic, obs, candidates)[0]
 
 

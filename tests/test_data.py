@@ -69,7 +69,7 @@ def test_updates_follow_from_utd_alone(script, run, monkeypatch, num_envs, utd):
 
     monkeypatch.setattr(script, "update", counted)
     run_dir = run(env_id="probe_envs:Constant-v0", num_envs=num_envs, utd=utd)
-    assert len(steps) == round(utd * 300) == load(run_dir)["counters"][0]
+    assert len(steps) == round(utd * 300) == load(run_dir)["counters"]["updates"]
 
 
 def test_training_moves_every_network(script, run):
