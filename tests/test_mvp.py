@@ -395,6 +395,7 @@ def test_candidates_are_clipped_before_ranking(monkeypatch):
     With prior noise of std 2 most candidates would leave the box.
     """
     agent, args = make_agent(prior_std=2.0, noise_scale=0.5, num_candidates=8)
+    randomise(agent.target_critic, 1)  # it has no say in this
     critic, selections = copy.deepcopy(agent.critic), spy(monkeypatch, mvp, "select_action")
     done = [mvp.act(agent, torch.randn(50, 3), args, rng(), m) for m in ("explore", "best_of_n")]
     mvp.update(agent, make_batch(), args, rng())
