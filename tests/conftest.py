@@ -12,6 +12,8 @@ from torch import nn
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*_online.py"))
+FPMD = [name for name in SCRIPTS if name.startswith("fpmd")]
+MODES = torch.tensor([[0.5, 0.5], [0.5, -0.5], [-0.5, 0.5], [-0.5, -0.5]])  # a toy's four points
 SMALL = {
     "total_timesteps": 400,
     "learning_starts": 100,
@@ -37,6 +39,9 @@ def as_flags(settings):
         is_switch = isinstance(value, bool)
         flags.append(f"--{'' if value else 'no-'}{name}" if is_switch else f"--{name}={value}")
     return flags
+
+
+fpmd_only = pytest.mark.parametrize("script", FPMD, indirect=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -69,23 +74,25 @@ def rng(seed=0):
 class OneStep(nn.Module):
     """A field whose one step over all of the flow's time carries noise z to carry(z).
 
-    Asked for v(s, z, t) it answers what is added to z; for u(s, z, r, t), what is subtracted.
+    FPMD-R and MVP add its answer to z; FPMD-M, whose noise is at time 1, subtracts it. Unless told
+    the script, a call with two times is taken for one of FPMD-M's.
     """
 
-    def __init__(self, carry, act_dim=1):
+    def __init__(self, carry, act_dim=1, script=None):
         super().__init__()
         self.carry, self.act_dim, self.calls = carry, act_dim, []
+        self.adds = script is not None and script.__name__ != "fpmd_meanflow_online"
 
     def forward(self, obs, z, *times):
         self.calls.append((obs, z, *times))
         step = self.carry(z) - z
-        return step if len(times) == 1 else -step
+        return step if self.adds or len(times) == 1 else -step
 
 
 def fit(script, draw, updates, lr, hidden_dim):
-    """The policy after regression on targets and weights, draw(256) -> (256, act_dim), (256,).
+    """FPMD's policy after regression on targets and weights, draw(256) -> (256, act_dim), (256,).
 
-    Gradients are the script's own, the learning rate falls to 0.
+    Gradients are the script's own, the learning rate falls to 0. MVP's is in test_mvp.py.
     """
     torch.manual_seed(0)
     act_dim, obs, generator = draw(256)[0].shape[1], torch.zeros(256, 1), rng()
@@ -106,17 +113,25 @@ def randomise(module, seed):
 
 
 def numpy_mlp(net, x):
-    """The script's linear layers, LayerNorm and Mish, in float64."""
+    """The script's linear layers, LayerNorm and activation (Mish or GELU), in float64."""
     for module in net:
         weights = [p.detach().double().numpy() for p in module.parameters()]
         if isinstance(module, nn.Linear):
             x = x @ weights[0].T + weights[1]
         elif isinstance(module, nn.LayerNorm):
-            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + module.eps)
             x = x * weights[0] + weights[1]
+        elif isinstance(module, nn.GELU):
+            x = x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
         else:
             x = x * np.tanh(np.log1p(np.exp(x)))
     return x
+
+
+def to_nearest_mode(actions):
+    """Mean distance to the nearest of MODES, and the share of actions at each of them."""
+    distances, modes = torch.cdist(actions, MODES).min(1)
+    return distances.mean().item(), torch.bincount(modes, minlength=4) / len(actions)
 
 
 def numpy_time_embedding(t):

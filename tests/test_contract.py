@@ -13,7 +13,7 @@ from importlib import metadata
 import gymnasium as gym
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, SMALL, as_flags, load
+from conftest import FPMD, ROOT, SCRIPTS, SMALL, as_flags, load
 
 TREES = {name: ast.parse((ROOT / f"{name}.py").read_text()) for name in SCRIPTS}
 SHARED = ["fail", "SeededEpisodes", "make_env", "make_envs", "choose_opengl", "ReplayBuffer"]
@@ -119,8 +119,6 @@ def test_documented_commands_work(command, tmp_path, monkeypatch):
         ("--tau nan", "--tau nan must be"),
         ("--reward-scale inf", "--reward-scale inf must be"),
         ("--critic-lr -0.1", "--critic-lr -0.1"),
-        ("--policy-lr -1 1", "--policy-lr -1.0"),
-        ("--temperature 0", "--temperature 0.0"),
         ("--noise-scale -1", "--noise-scale -1.0 must be 0 or more"),
         ("--utd 0", "--utd 0.0 must be above 0"),
         ("--utd 0.001", "gives no update"),
@@ -131,6 +129,30 @@ def test_documented_commands_work(command, tmp_path, monkeypatch):
 def test_bad_input_is_refused(script, tmp_path, monkeypatch, capsys, flags, message):
     """One clear line, exit status 2, and nothing new on disk."""
     assert_refused(script, tmp_path, monkeypatch, capsys, flags, message)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        *[(name, "--policy-lr -1 1", "--policy-lr -1.0 must be above 0") for name in FPMD],
+        *[(name, "--policy-lr 1e-3 0", "--policy-lr 0.0 must be above 0") for name in FPMD],
+        *[(name, "--temperature 0", "--temperature 0.0") for name in FPMD],
+        ("mvp_online", "--policy-lr 0", "--policy-lr 0.0 must be above 0 and finite"),
+        ("mvp_online", "--ivc-coef -1", "--ivc-coef -1.0 must be 0 or more and finite"),
+        ("mvp_online", "--ivc-coef nan", "--ivc-coef nan must be 0 or more"),
+        ("mvp_online", "--hidden-layers 0", "--hidden-layers 0 must be above 0"),
+        ("mvp_online", "--prior-std 0", "--prior-std 0.0 must be above 0"),
+    ],
+    indirect=["script"],
+)
+def test_bad_input_of_one_method_is_refused(script, tmp_path, monkeypatch, capsys, flags, message):
+    assert_refused(script, tmp_path, monkeypatch, capsys, flags, message)
+
+
+def test_mvp_takes_a_coefficient_of_zero():
+    """Without the constraint, and without exploration noise."""
+    script = __import__("mvp_online")
+    script.check_args(script.Args(ivc_coef=0.0, noise_scale=0.0, device="cpu"))
 
 
 @pytest.mark.parametrize("script", ["fpmd_meanflow_online"], indirect=True)

@@ -3,9 +3,11 @@
 import csv
 
 import pytest
+from conftest import fpmd_only
 
 
 @pytest.mark.slow
+@fpmd_only
 def test_inverted_pendulum_is_solved(run):
     """The one-step policy balances for the whole 1,000 steps, in every episode, after 5,000 steps.
 

@@ -7,12 +7,13 @@ With 200,000 states that distance is below 0.006 for the right density (1.4 / sq
 samples)); each wrong variant of an equation must be three times further away than the tolerance.
 """
 
+import importlib
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import OneStep, fit, rng
+from conftest import FPMD, OneStep, fit, rng
 from torch import nn
 
 import fpmd_online as fpmd
@@ -22,6 +23,12 @@ torch.set_num_threads(1)
 STATES, TOLERANCE = 200_000, 0.01
 MEAN, SIGMA, SPREAD, ALPHA = -1.5, 0.5, 0.8, 0.5  # q_stats and alpha; clip_alpha does clip
 GRID = np.linspace(-1, 1, 8_001)  # the box holds all of pi_old but 6e-5
+
+
+@pytest.fixture(params=FPMD)
+def script(request):
+    """Each script that improves its policy by mirror descent."""
+    return importlib.import_module(request.param)
 
 
 def old_policy(std=0.25):

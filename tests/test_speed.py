@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, randomise, rng
+from conftest import FPMD, SMALL, randomise, rng
 
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -86,7 +86,7 @@ def test_blocks_are_the_whole(script):
         )
 
     obs, x, t = torch.randn(256, 3), torch.randn(9, 256, 2), [torch.rand(1)] * 2
-    t = t[: 1 + ("meanflow" in script.__name__)]
+    t = t[: 1 + (script.__name__ != "fpmd_online")]
     for network, dim, times in (agent.policy, 0, t), (agent.critic, 1, []):
         blocks = script.in_blocks(spy(network), dim, 1024)
         torch.testing.assert_close(blocks(obs, x, *times), network(obs, x, *times))
@@ -109,22 +109,23 @@ def test_the_policy_for_one_step_is_the_same_policy(script):
 
 def test_learn_reads_nothing_that_a_graph_would_freeze(script):
     """A captured learn sees tensors change, but no counter and no learning rate of Python's."""
-    agent, args, generator = (
-        script.Agent(3, 2, script.Args(**SMALL), torch.device("cpu")),
-        [],
-        rng(),
-    )
-    args = script.Args(**SMALL)
-    del agent.updates, agent.alpha_updates
+    args, generator = script.Args(**SMALL), rng()
+    agent = script.Agent(3, 2, args, torch.device("cpu"))
+    for counter in [name for name, value in vars(agent).items() if type(value) is int]:
+        delattr(agent, counter)
     batch = {key: torch.rand(16, 3) for key in ("obs", "next_obs")} | {"actions": torch.rand(16, 2)}
     batch |= {key: torch.rand(16) for key in ("rewards", "terminations")}
-    for improve in True, False:
-        metrics = script.learn(agent, batch, args, generator, improve)
+    for key in (True, False) if script.__name__ in FPMD else ("update",):
+        metrics = script.learn(agent, batch, args, generator, key)
         assert all(isinstance(value, torch.Tensor) for value in metrics.values())
-    before = [p.clone() for p in agent.policy.parameters()]
-    agent.optimizers["policy"].step = None  # its learning rate is a number that decays
-    script.learn(agent, batch, args, generator, True)
-    assert all(map(torch.equal, before, agent.policy.parameters()))
+    if script.__name__ in FPMD:  # the policy's learning rate is a number that decays
+        before = [p.clone() for p in agent.policy.parameters()]
+        agent.optimizers["policy"].step = None
+        script.learn(agent, batch, args, generator, True)
+        assert all(map(torch.equal, before, agent.policy.parameters()))
+    else:
+        rates = {o.param_groups[0]["lr"] for o in agent.optimizers.values()}
+        assert rates == {args.critic_lr, args.policy_lr}  # never another
 
 
 class FakeGraph:

@@ -1,13 +1,11 @@
-"""Both policies fitted to four points of the plane: what takes many steps, and what takes one."""
+"""FPMD's two policies fitted to four points of the plane: what takes many steps, and what one."""
 
 import pytest
 import torch
-from conftest import fit, rng
+from conftest import MODES, fit, rng, to_nearest_mode
 
 import fpmd_meanflow_online as fpmd_m
 import fpmd_online as fpmd_r
-
-MODES = torch.tensor([[0.5, 0.5], [0.5, -0.5], [-0.5, 0.5], [-0.5, -0.5]])
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +27,6 @@ def samples():
             return script.generate(policies[script], torch.zeros(4_000, 1), noise, steps)
 
     return sample
-
-
-def to_nearest_mode(actions):
-    """Mean distance to the nearest mode, and the share of actions at each mode."""
-    distances, modes = torch.cdist(actions, MODES).min(1)
-    return distances.mean().item(), torch.bincount(modes, minlength=4) / len(actions)
 
 
 def test_rectified_flow_needs_many_steps(samples):

@@ -1,4 +1,4 @@
-"""One gradient update: who moves and by how much, reference values, schedules, statistics."""
+"""One gradient update of FPMD: who moves by how much, reference values, schedules, statistics."""
 
 import copy
 import math
@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import numpy_mlp, randomise, rng
+from conftest import fpmd_only, numpy_mlp, randomise, rng
 
 torch.set_num_threads(1)
+pytestmark = fpmd_only
 
 OBS, ACT, BATCH = 4, 2, 32
 MODES = ["temperature", "clip_alpha", "none", "particles"]
