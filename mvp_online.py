@@ -237,7 +237,7 @@ def learn(agent: Agent, batch: dict, args: Args, rng: Generator, key: str) -> di
     autocast = torch.autocast(next_obs.device.type, torch.bfloat16, args.precision == "bfloat16")
     with torch.no_grad():
         with autocast:  # generating only: ranking needs Q to more than bfloat16's three digits
-            candidates = propose(agent.policy, next_obs, args.noise_scale, args, rng).float()
+            candidates = propose(agent.policy, next_obs, args.noise_scale, args, rng)
         next_actions, scores = select_action(agent.critic, next_obs, candidates)
 
     loss, q = critic_loss(agent.critic, agent.target_critic, batch, next_actions, args)
