@@ -542,6 +542,7 @@ TABLES = {  # name in the markers: (what writes it, from which CSV)
     "authors-cpu": (against_authors, "authors_cpu.csv"),
     "results-cpu": (results, "fpmd_online_cpu.csv"),
     "meanflow-cpu": (results, "fpmd_meanflow_online_cpu.csv"),
+    "meanflow-200k": (results, "fpmd_meanflow_online_200k_cpu.csv"),
     "meanflow-seeds": (last_evaluations, "fpmd_meanflow_online_cpu.csv"),
     "weight-modes": (ablation, "weight_modes_cpu.csv"),
     "weight-modes-utd1": (ablation, "weight_modes_utd1_cpu.csv"),
@@ -559,6 +560,7 @@ TABLES = {  # name in the markers: (what writes it, from which CSV)
 CURVES = {
     "fpmd_online_cpu.png": "fpmd_online_cpu.csv",
     "fpmd_meanflow_online_cpu.png": "fpmd_meanflow_online_cpu.csv",
+    "fpmd_meanflow_online_200k_cpu.png": "fpmd_meanflow_online_200k_cpu.csv",
 }
 
 
