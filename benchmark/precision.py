@@ -19,13 +19,13 @@ import json
 import sys
 from pathlib import Path
 
+import collect
 import report
 import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-SCRIPTS = "fpmd_online", "fpmd_meanflow_online"
 STATES, CANDIDATES, AGAIN = 4096, 32, 4
 
 
@@ -53,7 +53,7 @@ def judge(chosen: Tensor, q: Tensor) -> dict:
 def measure(run_dir: str) -> list[dict]:
     """Rows of the CSV for one run."""
     stored = json.loads((Path(run_dir) / "args.json").read_text())
-    name = max((name for name in SCRIPTS if stored["exp_name"].startswith(name)), key=len)
+    name = collect.script_of(stored["exp_name"]).stem
     script = importlib.import_module(name)
     _, saved = script.load(run_dir, "checkpoint.pt")
     args = script.Args(**saved["args"])

@@ -268,6 +268,10 @@ def milliseconds(row: dict | None) -> float:
     return float(row["milliseconds"]) if row else math.nan
 
 
+def times(ratio: float) -> str:
+    return "-" if math.isnan(ratio) else f"{ratio:.2f} x"
+
+
 def spread(row: dict) -> float:
     """The distance of the quartiles in terms of the median."""
     return (float(row["quartile_3"]) - float(row["quartile_1"])) / milliseconds(row)
@@ -306,7 +310,7 @@ def speed(path: Path) -> str:
         eager = milliseconds(cases.get((script, n, t, "eager"), {}).get("update"))
         line["update"] = f"{digits(milliseconds(update))} ms" if update else "-"
         faster = eager / milliseconds(update)
-        line["faster than eager"] = "-" if math.isnan(faster) else f"{faster:.2f} x"
+        line["faster than eager"] = times(faster)
         line["over the floor"] = f"{float(update['ratio_to_floor']):.2f} x" if update else "-"
         for name, title in PARTS.items():
             row = case.get(name)
@@ -345,7 +349,7 @@ def speed_of_acting(path: Path) -> str:
         if name := names.get(row["measurement"]):
             line = {"what": name, "time": f"{digits(milliseconds(row))} ms"}
             ratio = milliseconds(row) / milliseconds(sac[0]) if sac else math.nan
-            line["against SAC"] = "-" if math.isnan(ratio) else f"{ratio:.2f} x"
+            line["against SAC"] = times(ratio)
             count = row["multiply_adds"]
             table.append(line | {"multiply-adds": f"{int(count):,}" if count else "-"})
     if not table:
@@ -362,7 +366,7 @@ def speed_of_variants(path: Path) -> str:
                 kept, name = milliseconds(case.get("generation")), f"{n}, {t}, {how}"
                 lines["as it is"][name] = "-" if math.isnan(kept) else f"{digits(kept)} ms"
                 ratio = milliseconds(row) / kept
-                lines[label][name] = "-" if math.isnan(ratio) else f"{ratio:.2f} x"
+                lines[label][name] = times(ratio)
     if not lines:
         return "no variants measured"
     table = markdown([{"generating, N, T": label} | line for label, line in lines.items()])
@@ -378,7 +382,7 @@ def end_to_end(path: Path) -> str:
         line["N, T, UTD"] = f"{row['num_candidates']}, {row['flow_steps']}, {row['utd']}"
         line["steps per second"] = digits(rate)
         faster = milliseconds(eager.get(row["script"])) / milliseconds(row)
-        line["faster than eager"] = "-" if math.isnan(faster) else f"{faster:.2f} x"
+        line["faster than eager"] = times(faster)
         line["hours per million steps"] = digits(1e6 / rate / 3600)
         line["peak memory"] = f"{digits(float(row['peak_megabytes']))} MB"
         full = digits(float(row["full_buffer_megabytes"]))
@@ -394,9 +398,6 @@ def end_to_end(path: Path) -> str:
         f"{commits(rows)}."
     )
     return markdown(table) + "\n\n" + note
-
-
-# ---------------------------------------------------------------------------- figures
 
 
 def against_authors(path: Path) -> str:
@@ -457,6 +458,9 @@ def precision(path: Path) -> str:
     )
     note = "Range over agents. Losses and errors of Q are in terms of that spread. Agents of "
     return f"{markdown(table)}\n\n{note}{joined(rows, 'algorithm')}: {listed}."
+
+
+# ---------------------------------------------------------------------------- figures
 
 
 def spread_out(heights: list[float], gap: float) -> list[float]:

@@ -2,6 +2,7 @@
 and a network whose outputs are known independently."""
 
 import importlib
+import shutil
 import sys
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def as_flags(settings):
 
 
 fpmd_only = pytest.mark.parametrize("script", FPMD, indirect=True)
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -110,6 +112,37 @@ def randomise(module, seed):
     generator = rng(seed)
     for p in module.parameters():
         p.data = 0.5 * torch.randn(p.shape, generator=generator)
+
+
+def distance(values, cdf):
+    """Kolmogorov distance to a law; 95 % of draws are below 1.36 / sqrt(len(values))."""
+    return (cdf(values.sort().values) - torch.arange(len(values)) / len(values)).abs().max()
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def spy(monkeypatch, owner, name):
+    """Let a function of script or agent run as ever, and keep (arguments, result) of every call."""
+    function, calls = getattr(owner, name), []
+
+    def wrapper(*args):
+        snapshot = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
+        calls.append((snapshot, function(*args)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(owner, name, wrapper)
+    return calls
+
+
+def values(module):
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def equal(xs, ys):
+    """Per tensor: equal to the bit?"""
+    return [x.equal(y) for x, y in zip(xs, ys, strict=True)]
 
 
 def numpy_mlp(net, x):

@@ -3,13 +3,12 @@
 Data sit at time 0 and noise at time 1: z_t = (1 - t) a + t e, v = e - a, r <= t.
 """
 
-import shutil
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from conftest import numpy_mlp, numpy_time_embedding, randomise, rng
+from conftest import COMPILER, distance, numpy_mlp, numpy_time_embedding, randomise, rng
 from torch import nn
 
 import fpmd_meanflow_online as fpmd
@@ -199,9 +198,6 @@ def meanflow_loss(policy, obs, actions, w, noise, r, t, h=1e-4):
     return (w[:, None] * (policy(obs, z, r, t) - target) ** 2).sum() / z.numel()
 
 
-COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
-
-
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=COMPILER)])
 def test_loss_and_gradient_against_finite_differences(compiled):
     """Value, and gradient of every weight with the target held constant; float64."""
@@ -303,11 +299,6 @@ def drawn_times(p_instant, n=40_000):
     r, t = (x.squeeze(-1).double() for x in caught)
     assert (r >= 0).all() and (r <= t).all() and (t <= 1).all()
     return r, t
-
-
-def distance(values, cdf):
-    """Kolmogorov distance to a law; 95 % of draws are below 1.36 / sqrt(len(values))."""
-    return (cdf(values.sort().values) - torch.arange(len(values)) / len(values)).abs().max()
 
 
 def assert_sorted_uniforms(r, t):

@@ -5,13 +5,25 @@ Noise sits at time 0 and the action at time 1: z_t = (1 - t) e + t a, v = a - e,
 """
 
 import copy
-import shutil
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from conftest import MODES, OneStep, numpy_mlp, randomise, rng, to_nearest_mode
+from conftest import (
+    COMPILER,
+    MODES,
+    OneStep,
+    count,
+    distance,
+    equal,
+    numpy_mlp,
+    randomise,
+    rng,
+    spy,
+    to_nearest_mode,
+    values,
+)
 from torch import nn
 
 import mvp_online as mvp
@@ -59,28 +71,6 @@ def make_batch(seed=0, n=BATCH, act_dim=2):
     return {key: torch.tensor(value, dtype=torch.float32) for key, value in batch.items()}
 
 
-def spy(monkeypatch, owner, name):
-    """Let a function of script or agent run as ever, and keep (arguments, result) of every call."""
-    function, calls = getattr(owner, name), []
-
-    def wrapper(*args):
-        snapshot = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
-        calls.append((snapshot, function(*args)))
-        return calls[-1][1]
-
-    monkeypatch.setattr(owner, name, wrapper)
-    return calls
-
-
-def values(module):
-    return [p.detach().clone() for p in module.parameters()]
-
-
-def equal(xs, ys):
-    """Per tensor: equal to the bit?"""
-    return [x.equal(y) for x, y in zip(xs, ys, strict=True)]
-
-
 def gaussian_flow(mean, std):
     """Mean velocity of the flow between N(0, 1) at time 0 and N(mean, std^2) at time 1.
 
@@ -99,10 +89,6 @@ def gaussian_flow(mean, std):
 
 
 # ---------------------------------------------------------------------------- networks
-
-
-def count(module):
-    return sum(p.numel() for p in module.parameters())
 
 
 def test_parameter_counts_on_ant():
@@ -248,9 +234,6 @@ def reference_losses(policy, obs, actions, noise, t, r, h=1e-4):
     return meanflow, ((policy(obs, z, t, t) - v) ** 2).sum() / z.numel()
 
 
-COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
-
-
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=COMPILER)])
 def test_losses_and_gradients_against_finite_differences(compiled):
     """Values, and gradients of every weight with the target held constant; float64."""
@@ -332,11 +315,6 @@ def test_the_loss_asks_at_the_earlier_time_and_at_the_boundary():
 
 
 # ---------------------------------------------------------------------------- pairs of times
-
-
-def distance(values, cdf):
-    """Kolmogorov distance to a law; 95 % of draws are below 1.36 / sqrt(len(values))."""
-    return (cdf(values.sort().values) - torch.arange(len(values)) / len(values)).abs().max()
 
 
 def caught_losses(agent):

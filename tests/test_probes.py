@@ -59,8 +59,10 @@ def test_reward_comes_later(script, run):
     """Bootstrapping: the first step is worth gamma times the second."""
     agent = trained(script, run, "Delayed", **CRITIC_ALONE)
     assert q_values(agent, 1) == pytest.approx(0.2, abs=0.02)
-    # LayerNorm divides what little a layer without bias makes of inputs near 0: bumps in MVP's Q
-    assert q_values(agent, 0).mean(-1) == pytest.approx(0.9 * 0.2, abs=0.02)
+    q = q_values(agent, 0)
+    if script.__name__ == "mvp_online":  # its Q has bumps over the actions: the mean is judged
+        q = q.mean(-1)
+    assert q == pytest.approx(0.9 * 0.2, abs=0.02)
 
 
 def test_time_limit_is_no_termination(script, run):

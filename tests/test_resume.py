@@ -45,7 +45,8 @@ def test_resumed_equals_uninterrupted(script, run, env_id):
     straight = run(env_id=env_id, total_timesteps=360)
     resumed = run(env_id=env_id, total_timesteps=200)
     before = load(resumed)
-    assert any(len(episode["actions"]) for episode in before["episodes"]), "not in mid-episode"
+    in_episode = any if script.__name__ == "mvp_online" else all  # MVP's Walker2d just fell
+    assert in_episode(len(e["actions"]) for e in before["episodes"]), "not in mid-episode"
     with (resumed / "metrics.csv").open("a") as file:  # a killed run's rows after its checkpoint
         file.write("300," + "9," * 5 + "\n3")  # the last one torn off within its step
     again = script.main(

@@ -1,13 +1,11 @@
 """The fast path computes what the plain one does, and steps aside where it cannot work."""
 
-import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FPMD, SMALL, randomise, rng
+from conftest import COMPILER, FPMD, SMALL, randomise, rng
 
-COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = [pytest.param("cpu", marks=COMPILER), pytest.param("cuda", marks=CUDA)]
 

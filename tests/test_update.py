@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import fpmd_only, numpy_mlp, randomise, rng
+from conftest import count, equal, fpmd_only, numpy_mlp, randomise, rng, spy, values
 
 torch.set_num_threads(1)
 pytestmark = fpmd_only
@@ -30,33 +30,7 @@ def make_batch(seed=0, dtype=torch.float32):
     return {key: torch.tensor(value, dtype=dtype) for key, value in batch.items()}
 
 
-def spy(monkeypatch, owner, name):
-    """Let a function of script or agent run as ever, and keep (arguments, result) of every call."""
-    function, calls = getattr(owner, name), []
-
-    def wrapper(*args):
-        snapshot = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
-        calls.append((snapshot, function(*args)))
-        return calls[-1][1]
-
-    monkeypatch.setattr(owner, name, wrapper)
-    return calls
-
-
-def values(module):
-    return [p.detach().clone() for p in module.parameters()]
-
-
-def equal(xs, ys):
-    """Per tensor: equal to the bit?"""
-    return [x.equal(y) for x, y in zip(xs, ys, strict=True)]
-
-
 # ---------------------------------------------------------------------------- sizes
-
-
-def count(module):
-    return sum(p.numel() for p in module.parameters())
 
 
 def test_parameter_counts_on_ant(script):
