@@ -190,6 +190,7 @@ class Agent(nn.Module):
             "policy": adam(self.policy.parameters(), args.policy_lr[0]),
             "alpha": torch.optim.Adam([self.log_alpha], args.alpha_lr),
         }
+        self.modes = {"one_step": (1, 1), "best_of_n": (args.flow_steps, args.num_candidates)}
         self.act, self.learn, self.policy_loss = act, learn, policy_loss  # accelerate's handles
 
 
@@ -523,7 +524,7 @@ def evaluate(agent: Agent, envs, args: Args, mode: str, film: Path, stop=()) -> 
     rng = Generator(agent.device).manual_seed(args.seed)  # all evaluations start alike
     obs, _ = envs.reset(seed=[2 * args.seed + 1] * envs.num_envs)  # training has the even seeds
     running, frames = np.full(envs.num_envs, True), []
-    returns, successes = np.zeros(envs.num_envs), np.full(envs.num_envs, np.nan)
+    returns, success = np.zeros(envs.num_envs), np.full(envs.num_envs, np.nan)
     while running.any() and not stop:
         if args.capture_video and mode == "one_step" and running[0]:
             frames.append(envs.envs[0].render())
@@ -532,16 +533,15 @@ def evaluate(agent: Agent, envs, args: Args, mode: str, film: Path, stop=()) -> 
         for i in np.flatnonzero((terminations | truncations) & running):
             final, running[i] = infos["final_info"], False
             returns[i] = final["episode"]["r"][i]
-            successes[i] = final.get("success", final.get("is_success", successes))[i]
+            success[i] = final.get("success", final.get("is_success", success))[i]
     if frames:
         from gymnasium.utils.save_video import save_video  # slow to import
 
         dt = getattr(envs.envs[0].unwrapped, "dt", 1 / 30)  # MuJoCo's and dm_control's own clock
         save_video(frames, film.parent, lambda _: True, name_prefix=film.name, fps=1 / dt)
-    nfe, n = (1, 1) if mode == "one_step" else (args.flow_steps, args.num_candidates)
-    row = {"mode": mode, "nfe": nfe, "num_candidates": n, "return_mean": float(returns.mean())}
-    row |= {"return_std": float(returns.std()), "success_rate": float(successes.mean())}
-    return row | {"returns": " ".join(f"{value:.4f}" for value in returns)}
+    row = {"mode": mode, "nfe": agent.modes[mode][0], "num_candidates": agent.modes[mode][1]}
+    row |= {"return_mean": returns.mean(), "return_std": returns.std()}
+    return row | {"success_rate": success.mean(), "returns": " ".join(f"{x:.4f}" for x in returns)}
 
 
 class RunLogger:
@@ -772,7 +772,7 @@ def main(args: Args) -> Path | None:
             metrics["charts/SPS"] = round(global_step / wall_time, 1)
             logger.row("metrics", row | metrics, metrics)
             bar.set_postfix(episodic_return=metrics[charts[0]])
-        for mode in ("one_step", "best_of_n") if evaluating else ():
+        for mode in agent.modes if evaluating else ():
             result = evaluate(agent, eval_envs, args, mode, run_dir / f"videos/{global_step}", stop)
             if stop:  # a signal does not wait for the evaluation, which is given up
                 break
