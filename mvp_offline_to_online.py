@@ -1,0 +1,781 @@
+"""MVP, offline-to-online: pre-train a mean velocity policy on a dataset, then fine-tune it online.
+
+Policy, jump and loss are those of mvp_online.py, which is the better one to start reading with.
+What is different: a dataset of a sparse-reward task fills the replay buffer before anything is
+collected, the policy plans a chunk of h = 5 actions that is executed open loop, and it imitates
+what the buffer holds. Of N = 32 planned chunks the critics' favourite is executed and makes the
+h-step TD target. The method comes first.
+
+    generate        a = e + u(s, e, 0, 1), a chunk of h actions
+    select_action   a* = argmax over N candidates a_i of Q(s, a_i)
+    critic_loss     y = sum_{i<h} gamma^i r_i + gamma^h (1 - terminated) Q'(s_h, a*),
+                    (Q_j(s, a) - y)^2
+    policy_loss     || u(s, z_t, t, r) - sg(v + (r - t) du/dt) ||^2
+                    + lambda || u(s, z_t, t, t) - v ||^2
+
+Here e ~ N(0, I), z_t = (1 - t) e + t a, v = a - e for a chunk a of the buffer, Q is a mean of two
+and Q' its slow copy. What a chunk holds from after the end of its episode counts for nothing.
+
+    python mvp_offline_to_online.py --env-id ogbench:cube-double-singletask-task2-v0 \\
+        --dataset cube-double-play-singletask-task2-v0
+    python mvp_offline_to_online.py --evaluate runs/<run>/policy.pt --eval-episodes 50
+
+Paper: Mean Velocity Policy, arXiv:2602.13810; no code is public. Chunks, critics: Q-chunking's.
+"""
+
+import copy
+import difflib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import timeit
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import Generator, Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # --- run: what is trained, for how long, and what is written down ---
+    env_id: str = "ogbench:cube-double-singletask-task2-v0"  # module:EnvId, or any gymnasium id
+    dataset: str = "cube-double-play-singletask-task2-v0"  # OGBench's name, or a path to an .npz
+    seed: int = 1  # seeds networks, noise, replay sampling and every episode
+    offline_steps: int = 1_000_000  # updates on the dataset alone, before the first online step
+    total_timesteps: int = 1_000_000  # environment steps online
+    exp_name: str = Path(__file__).stem  # second part of the run directory's name
+    runs_dir: str = "runs"  # where run directories are created
+    log_every: int = 1_000  # offline or online steps between rows of metrics.csv
+    eval_every: int = 100_000  # offline or online steps between evaluations, 0: never
+    eval_episodes: int = 50  # episodes per evaluation, all side by side
+    checkpoint_every: int = 100_000  # the same between checkpoints, 0: after each phase
+    capture_video: bool = False  # film the first episode of every one-step evaluation
+    track: bool = False  # mirror the run to Weights & Biases
+    wandb_project_name: str = "one-step-flow-rl"  # project on Weights & Biases
+    wandb_entity: str | None = None  # team on Weights & Biases
+    resume: str | None = None  # checkpoint.pt or a run directory to go on with
+    evaluate: str | None = None  # policy.pt to replay with one step per action, without training
+    # --- algorithm: defaults are the published setting, as far as it is known ---
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # rate of the slow copies of the critics
+    batch_size: int = 256  # chunks per update, B
+    buffer_size: int = 2_000_000  # transitions the replay buffer holds, the dataset's included
+    learning_starts: int = 5_000  # online steps of the pre-trained policy before learning goes on
+    utd: float = 1.0  # gradient updates per online step
+    chunk_size: int = 5  # h, actions planned at once and executed open loop
+    num_candidates: int = 32  # N, chunks generated per state; the critics keep the best
+    flow_steps: int = 1  # T, jumps per generated action (NFE) while training
+    ivc_coef: float = 1.0  # lambda, weight of the instantaneous velocity constraint
+    imitation_target: Literal["best_of_n", "replay"] = "replay"  # a: TD action, or the buffer's
+    prior_std: float = 1.0  # std of the noise that actions are generated from
+    noise_scale: float = 0.0  # std of exploration noise added to every candidate
+    reward_scale: float = 1.0  # rewards are multiplied by this
+    critic_lr: float = 3e-4  # Adam step size of the critics
+    policy_lr: float = 3e-4  # Adam step size of the policy
+    hidden_dim: int = 512  # width of the hidden layers of every network
+    hidden_layers: int = 4  # their number
+    # --- speed: how it is computed ---
+    device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, mps
+    compile: bool = True  # compile, and on CUDA capture, an update; the first ones take a minute
+    precision: Literal["float32", "bfloat16"] = "float32"  # of generating candidates in updates
+    torch_threads: int = 0  # CPU threads of torch, 0: at most 8; give 1 to side-by-side runs
+
+
+# ---------------------------------------------------------------------------- networks
+class MLP(nn.Sequential):
+    """Linear layers with GELU between, then LayerNorm if asked for; Glorot-uniform weights."""
+
+    def __init__(self, *sizes: int, layer_norm: bool = False):
+        modules = []
+        for fan_in, fan_out in pairwise(sizes):
+            linear = nn.Linear(fan_in, fan_out)
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+            modules += [linear, nn.GELU("tanh"), *[nn.LayerNorm(fan_out, 1e-6)] * layer_norm]
+        super().__init__(*modules[: -1 - layer_norm])  # the last layer is linear alone
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Of cat(inputs, -1), by parts: what all candidates share is multiplied only once."""
+        (first, *layers), linear = self, nn.functional.linear
+        weights = first.weight.split([x.shape[-1] for x in inputs], 1)
+        (x, w), *rest = sorted(zip(inputs, weights, strict=True), key=lambda part: part[0].numel())
+        x = sum((linear(*part) for part in rest), start=linear(x, w, first.bias))
+        for layer in layers:
+            x = layer(x)
+        return x
+
+
+class MeanVelocityField(nn.Module):
+    """u(s, z, t, r): mean velocity over [t, r] of the flow that is at the point z at time t."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int = 512, hidden_layers: int = 4):
+        super().__init__()
+        self.act_dim = act_dim
+        self.net = MLP(obs_dim + act_dim + 2, *[hidden_dim] * hidden_layers, act_dim)
+
+    def forward(self, obs: Tensor, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """obs (B, obs_dim), z (..., B, act_dim), t and r (1,) or (B, 1) -> velocity like z."""
+        return self.net(obs, z, t, r)
+
+
+class TwinCritic(nn.Module):
+    """Two independent action values Q_1 and Q_2."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int = 512, hidden_layers: int = 4):
+        super().__init__()
+        sizes = obs_dim + act_dim, *[hidden_dim] * hidden_layers, 1
+        self.q1, self.q2 = MLP(*sizes, layer_norm=True), MLP(*sizes, layer_norm=True)
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """obs (B, obs_dim), actions (..., B, act_dim) -> Q (2, ..., B)."""
+        return torch.stack([self.q1(obs, actions), self.q2(obs, actions)]).squeeze(-1)
+
+
+class Agent(nn.Module):
+    """All that learns: networks, the critics' slow copies, optimizers."""
+
+    def __init__(self, obs_dim: int, act_dim: int, args: Args, device: torch.device):
+        super().__init__()
+        size = obs_dim, args.chunk_size * act_dim, args.hidden_dim, args.hidden_layers
+        self.policy, self.critic = MeanVelocityField(*size), TwinCritic(*size)
+        self.target_policy = self.policy  # no slow copy: what learns is also what acts
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.to(device)
+        self.device, self.updates = device, 0
+        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+        self.optimizers = {
+            "critic": adam(self.critic.parameters(), args.critic_lr),
+            "policy": adam(self.policy.parameters(), args.policy_lr),
+        }
+        self.modes = {"one_step": (1, 1), "best_of_n": (args.flow_steps, args.num_candidates)}
+        self.act, self.learn, self.policy_loss = act, learn, policy_loss  # accelerate's handles
+
+
+# ---------------------------------------------------------------------------- acting
+def generate(policy: nn.Module, obs: Tensor, z: Tensor, flow_steps: int) -> Tensor:
+    """T jumps z_r = z_t + (r - t) u(s, z_t, t, r) from noise at t = 0 to an action at t = 1.
+
+    obs (B, obs_dim), noise z = z_0 (..., B, act_dim) -> unclipped actions z_1 like it.
+    """
+    for k in range(flow_steps):
+        t, r = (torch.full((1,), i / flow_steps, device=z.device) for i in (k, k + 1))
+        z = z + policy(obs, z, t, r) / flow_steps
+    return z
+
+
+def propose(policy: nn.Module, obs: Tensor, std: float, args: Args, rng: Generator) -> Tensor:
+    """N candidates per state, exploration noise of that std on each, clipped: (N, B, act_dim)."""
+    shape = (2, args.num_candidates, len(obs), policy.act_dim)
+    noise, exploration = torch.randn(shape, generator=rng, device=obs.device)
+    actions = generate(policy, obs, args.prior_std * noise, args.flow_steps) + std * exploration
+    return actions.clamp(-1, 1)  # before ranking: the critics know no action outside the box
+
+
+def select_action(critic: TwinCritic, obs: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Best of N: argmax_i mean(Q_1, Q_2)(s, a_i), one rule for acting, TD and imitation.
+
+    obs (B, obs_dim), candidates (N, B, act_dim) -> actions (B, act_dim), scores (N, B).
+    """
+    scores = critic(obs, candidates).mean(0)  # (N, B)
+    return candidates.take_along_dim(scores.argmax(0)[None, :, None], 0)[0], scores
+
+
+@torch.no_grad()
+def act(agent: Agent, obs: Tensor, args: Args, rng: Generator, mode: str) -> Tensor:
+    """Actions of the policy, obs (B, obs_dim) -> (B, act_dim). one_step: one candidate from one
+    step, no critic; best_of_n: the best of N; explore: the same with exploration noise.
+    """
+    if mode == "one_step":
+        noise = torch.randn((len(obs), agent.policy.act_dim), generator=rng, device=obs.device)
+        return generate(agent.target_policy, obs, args.prior_std * noise, 1).clamp(-1, 1)
+    std = args.noise_scale * (mode == "explore")
+    candidates = propose(agent.target_policy, obs, std, args, rng)
+    return select_action(agent.critic, obs, candidates)[0]
+
+
+# ---------------------------------------------------------------------------- learning
+def critic_loss(
+    critic: TwinCritic, target_critic: TwinCritic, batch: dict, next_actions: Tensor, args: Args
+) -> tuple[Tensor, Tensor]:
+    """h-step mean-Q regression: the loss and Q (2, B); only termination stops bootstrapping.
+
+    A chunk whose last action was taken after its episode's end was never executed: no loss.
+    """
+    with torch.no_grad():
+        next_q = target_critic(batch["next_obs"], next_actions).mean(0)  # (B,)
+        discount = args.gamma**args.chunk_size * (1 - batch["terminations"])
+        y = args.reward_scale * batch["rewards"] + discount * next_q
+    q = critic(batch["obs"], batch["actions"])  # (2, B)
+    return (batch["valid"][:, -1] * (q - y).square()).mean(1).sum(), q.detach()
+
+
+def policy_loss(
+    policy: nn.Module, obs: Tensor, actions: Tensor, w: Tensor, noise: Tensor, t: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor]:
+    """MeanFlow loss || u - sg(v + (r - t) du/dt) ||^2 and constraint || u(s, z_t, t, t) - v ||^2.
+
+    obs (B, obs_dim), chunks a, w = 1 where an action counts, else 0, and noise e ~ N(0, I), all
+    (B, h * act_dim), t <= r (B, 1) -> two means over all entries.
+    """
+    z_t, v = (1 - t) * noise + t * actions, actions - noise
+    tangents = v, torch.ones_like(t), torch.zeros_like(r)  # along the path, while r stays
+    u, du_dt = torch.func.jvp(partial(policy, obs), (z_t, t, r), tangents)
+    target = (v + (r - t) * du_dt).detach()
+    boundary = policy(obs, z_t, t, t) - v
+    return (w * (u - target).square()).mean(), (w * boundary.square()).mean()
+
+
+def learn(agent: Agent, batch: dict, args: Args, rng: Generator, key: str) -> dict:
+    """All of an update but its count, so that a CUDA graph, found by key, may stand in for it."""
+    next_obs = batch["next_obs"]
+    autocast = torch.autocast(next_obs.device.type, torch.bfloat16, args.precision == "bfloat16")
+    with torch.no_grad():
+        with autocast:  # generating only: ranking needs Q to more than bfloat16's three digits
+            candidates = propose(agent.policy, next_obs, args.noise_scale, args, rng)
+        next_actions, scores = select_action(agent.critic, next_obs, candidates)
+
+    loss, q = critic_loss(agent.critic, agent.target_critic, batch, next_actions, args)
+    agent.optimizers["critic"].zero_grad()
+    loss.backward()
+    agent.optimizers["critic"].step()
+
+    metrics = {"losses/critic_loss": loss.detach(), "losses/q_values": q.mean()}
+    gain, spread = scores.amax(0) - scores.mean(0), candidates.std(0, correction=0)
+    metrics |= {"policy/best_of_n_gain": gain.mean(), "policy/candidate_spread": spread.mean()}
+
+    obs, actions, w = batch["obs"], batch["actions"], batch["valid"]
+    if args.imitation_target == "best_of_n":  # at s', so that one generation serves both losses
+        obs, actions, w = next_obs, next_actions, torch.ones_like(w)
+    w = w.repeat_interleave(agent.policy.act_dim // args.chunk_size, 1)  # (B, h * act_dim)
+    t, r = torch.rand((2, len(obs), 1), generator=rng, device=obs.device).sort(0).values
+    noise = torch.randn(actions.shape, generator=rng, device=obs.device)
+    meanflow, constraint = agent.policy_loss(agent.policy, obs, actions, w, noise, t, r)
+    agent.optimizers["policy"].zero_grad()
+    (meanflow + args.ivc_coef * constraint).backward()
+    agent.optimizers["policy"].step()
+    metrics |= {"losses/policy_loss": meanflow.detach(), "losses/ivc_loss": constraint.detach()}
+
+    slow, fast = agent.target_critic.parameters(), agent.critic.parameters()
+    torch._foreach_lerp_(list(slow), [p.data for p in fast], args.tau)
+    return metrics
+
+
+def update(agent: Agent, batch: dict, args: Args, rng: Generator) -> dict[str, Tensor]:
+    """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
+    agent.updates += 1
+    return agent.learn(agent, batch, args, rng, "update")
+
+
+# -------------------------------------------------- plumbing, the same text in every script
+def fail(message: str) -> NoReturn:
+    """Refuse bad input: one line on stderr, exit status 2."""
+    print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class SeededEpisodes(gym.Wrapper):
+    """Seed every episode anew: its seed and actions rebuild it exactly, as no saved state can."""
+
+    def __init__(self, env: gym.Env, index: int):
+        super().__init__(env)
+        self.index, self.episode = index, {"seed": 0, "count": 0, "actions": []}
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        if seed is not None:
+            self.episode |= {"seed": seed, "count": 0}
+        self.episode |= {"count": self.episode["count"] + 1, "actions": []}
+        key = self.episode["seed"], self.index, self.episode["count"]
+        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+        np.random.seed(seed)  # noqa: NPY002  OGBench's mazes draw from the global generator
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: np.ndarray):
+        self.episode["actions"].append(action.copy())
+        return self.env.step(action)
+
+    def restore(self, episodes: list[dict]) -> np.ndarray:
+        """Play back this env's entry of episodes (one per env) and return the last observation."""
+        saved = episodes[self.index]
+        self.episode = saved | {"count": saved["count"] - 1}
+        obs, _ = self.reset()
+        for action in saved["actions"].numpy():
+            obs = self.step(action)[0]
+        return obs
+
+
+def make_env(env_id: str, index: int = 0, film: bool = False) -> gym.Env:
+    """Flat float32 observations, actions in [-1, 1]; what cannot be trained on is refused."""
+    # papers report the outdated v4; float32 is what the networks want, infinite bounds included
+    warnings.filterwarnings("ignore", ".*(is out of date|precision lowered|overflow encountered).*")
+    mujoco = metadata.version("mujoco")
+    if env_id.startswith("dm_control/"):
+        if int(mujoco.split(".")[0]) >= 4:
+            fail(f"{env_id} needs mujoco below 4, not {mujoco}: pip install 'mujoco>=3.17,<4'")
+        if sys.platform == "linux" and "DISPLAY" not in os.environ:
+            os.environ.setdefault("MUJOCO_GL", "disable")  # else it warns that there is no screen
+        import shimmy  # noqa: F401  registers the ids, in every worker process too
+    try:
+        env = gym.make(env_id, **({"render_mode": "rgb_array"} if film else {}))
+    except (gym.error.Error, ImportError) as error:
+        near = ", ".join(difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4))
+        fail(f"cannot make {env_id!r} (mujoco {mujoco}): {error} Registered ids near it: {near}")
+    if film and hasattr(env.unwrapped, "mujoco_renderer") and env.unwrapped.model.ncam:
+        env.unwrapped.mujoco_renderer.camera_id = 0  # follow: the default one stays where it is
+    space, actions, Box = env.observation_space, env.action_space, gym.spaces.Box
+    leaves = space.values() if isinstance(space, gym.spaces.Dict) else [space]
+    if not (isinstance(actions, Box) and actions.is_bounded() and actions.shape[1:] == ()):
+        fail(f"{env_id} has actions {actions}; only bounded vectors of numbers (Box) will do")
+    if not all(isinstance(leaf, Box) and leaf.dtype.kind == "f" for leaf in leaves):
+        fail(f"{env_id} has observations {space}; only vectors of numbers will do, images will not")
+    env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
+    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    return SeededEpisodes(gym.wrappers.RecordEpisodeStatistics(env), index)
+
+
+def make_envs(env_id: str, n: int, in_processes: bool = False, film: bool = False):
+    """Vector env whose done step already returns the next episode's first observation."""
+    makers = [partial(make_env, env_id, i, film and i == 0) for i in range(n)]
+    vector = gym.vector.AsyncVectorEnv if in_processes else gym.vector.SyncVectorEnv
+    return vector(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+
+def choose_opengl() -> None:
+    """Find a renderer that needs no screen, before mujoco's import reads MUJOCO_GL for good."""
+    probe = [sys.executable, "-c", "import mujoco; mujoco.GLContext(8, 8).make_current()"]
+    for backend in "egl", "osmesa", "glfw":
+        os.environ["MUJOCO_GL"] = backend
+        if subprocess.run(probe, capture_output=True).returncode == 0:
+            return
+    fail("--capture-video finds no OpenGL: apt-get install libegl1 libegl-mesa0 (or libosmesa6)")
+
+
+# all that makes an update faster, and nothing else, follows; --no-compile does without
+def in_blocks(network: Callable, dim: int, rows: int) -> Callable:
+    """The network, on a CPU fed with pieces of x (N, B, ...) of that many rows or one candidate."""
+
+    def call(obs: Tensor, x: Tensor, *times: Tensor) -> Tensor:
+        if x.ndim == 2 or x.device.type != "cpu":
+            return network(obs, x, *times)
+        pieces = x.split(max(1, rows // x.shape[1]))
+        return torch.cat([network(obs, piece, *times) for piece in pieces], dim)
+
+    return call
+
+
+class Captured:
+    """function(agent, inputs, args, rng, key) as one CUDA graph per key, a single launch.
+
+    It reads and writes the addresses of its recording: inputs are copied there, outputs hold until
+    the next call. The first three calls are not recorded: they compile, choose kernels, allocate.
+    """
+
+    def __init__(self, function: Callable):
+        self.function, self.calls, self.graphs = function, Counter(), {}
+
+    def __call__(self, agent, inputs, args: Args, rng: Generator, key):
+        self.calls[key] += 1
+        if self.calls[key] <= 3:
+            return self.function(agent, inputs, args, rng, key)
+        if key not in self.graphs:
+            graph, static = torch.cuda.CUDAGraph(), copy.deepcopy(inputs)
+            graph.register_generator_state(rng)  # each replay draws on where the last one stopped
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                self.graphs[key] = graph, static, self.function(agent, static, args, rng, key)
+        graph, static, outputs = self.graphs[key]
+        for name in inputs if isinstance(inputs, dict) else [...]:  # tensor[...] is all of it
+            static[name].copy_(inputs[name])
+        graph.replay()
+        return outputs
+
+
+def accelerate(agent, args: Args, device: torch.device) -> None:
+    """--compile: compile what an update calls, capture it on CUDA, or say in a line why not."""
+    try:
+        torch.compile(torch.exp)(torch.ones(1, device=device))
+    except Exception as error:  # no C++ compiler or Triton; torch has many ways to say so
+        print(f"going on without --compile: {str(error).splitlines()[0]}", file=sys.stderr)
+        return
+    # one layer's activations then fill a megabyte per thread, a usual cache
+    rows = torch.get_num_threads() * 2**20 // (2 if args.precision == "bfloat16" else 4)
+    for network, dim in (agent.policy, 0), (agent.critic, 1), (agent.target_critic, 1):
+        compiled = torch.compile(network.forward, dynamic=False)
+        network.forward = in_blocks(compiled, dim, rows // args.hidden_dim)
+    agent.policy_loss = torch.compile(agent.policy_loss, dynamic=False)
+    if device.type == "cuda":
+        agent.act, agent.learn = Captured(agent.act), Captured(agent.learn)
+        torch.cuda.synchronize(device)
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # the default one cannot be captured
+
+
+@torch.no_grad()
+def for_one_step(policy: MeanVelocityField) -> MeanVelocityField:
+    """A copy that is u(s, z, 0, 1) at any times, somewhat faster: a bias holds the two times."""
+    folded = copy.deepcopy(policy)
+    first, *layers = folded.net
+    w, w_t = first.weight.split([first.in_features - 2, 2], 1)
+    first.bias += w_t @ torch.tensor([0.0, 1.0], device=w.device)
+    first.weight, plain = nn.Parameter(w.contiguous()), nn.Sequential(first, *layers)
+    folded.forward = lambda obs, z, t, r: plain(torch.cat([obs.expand(*z.shape[:-1], -1), z], -1))
+    return folded
+
+
+class ReplayBuffer:
+    """Ring buffer of the transitions of one environment, one after the other, dataset first."""
+
+    def __init__(self, args: Args, obs_dim: int, act_dim: int, device: torch.device):
+        dims = {"obs": (obs_dim,), "actions": (act_dim,), "rewards": (), "next_obs": (obs_dim,)}
+        dims |= {"terminations": (), "ends": ()}  # an end is a termination or a truncation
+        capacity, self.chunk_size, self.gamma = args.buffer_size, args.chunk_size, args.gamma
+        self.data = {k: torch.empty((capacity, *dim), device=device) for k, dim in dims.items()}
+        self.capacity, self.device, self.position, self.size = capacity, device, 0, 0
+
+    def add(self, *transitions: np.ndarray) -> None:
+        """Store n successive transitions, arrays (n, ...) in the order of self.data."""
+        n = len(transitions[0])
+        index = (self.position + torch.arange(n, device=self.device)) % self.capacity
+        for stored, new in zip(self.data.values(), transitions, strict=True):
+            stored[index] = torch.as_tensor(new, dtype=torch.float32, device=self.device)
+        self.position = (self.position + n) % self.capacity
+        self.size = min(self.size + n, self.capacity)
+
+    def sample(self, batch_size: int, rng: Generator) -> dict[str, Tensor]:
+        """Chunks of h steps with uniform starts, never across the seam of the ring.
+
+        obs, next_obs (B, obs_dim): before the first, after the last step; actions (B, h * act_dim);
+        rewards (B,): sum of gamma^i r_i; terminations (B,): whether any step terminated;
+        valid (B, h): 1 until an episode has ended before the step.
+        """
+        h, oldest = self.chunk_size, self.position - self.size
+        start = torch.randint(self.size - h + 1, (batch_size, 1), generator=rng, device=self.device)
+        steps = torch.arange(h, device=self.device)
+        index = (oldest + start + steps) % self.capacity  # (B, h)
+        chunk = {key: value[index] for key, value in self.data.items()}
+        going_on = (1 - chunk["ends"]).cumprod(1)  # after each step
+        valid = torch.cat([torch.ones_like(going_on[:, :1]), going_on[:, :-1]], 1)
+        batch = {"obs": chunk["obs"][:, 0], "next_obs": chunk["next_obs"][:, -1], "valid": valid}
+        batch["rewards"] = (self.gamma**steps * valid * chunk["rewards"]).sum(1)
+        batch["terminations"] = (valid * chunk["terminations"]).amax(1)
+        return batch | {"actions": chunk["actions"].flatten(1)}
+
+
+def load_dataset(args: Args) -> list[np.ndarray]:
+    """OGBench's data as arrays for ReplayBuffer.add, rewarded for the task of --env-id."""
+    env = gym.make(args.env_id)
+    try:
+        from ogbench.relabel_utils import relabel_dataset
+        from ogbench.utils import load_dataset, make_env_and_datasets
+
+        if args.dataset.endswith(".npz"):
+            data = load_dataset(args.dataset, add_info=True)
+            relabel_dataset(args.env_id, env, data)
+        else:
+            data, _ = make_env_and_datasets(args.dataset, dataset_only=True, cur_env=env)
+        dims = data["observations"].shape[1:], data["actions"].shape[1:]
+        assert dims == (env.observation_space.shape, env.action_space.shape), "of another task"
+    except Exception as error:  # a missing file or network, another format, a task without goal
+        fail(f"cannot load --dataset {args.dataset} for {args.env_id}: {error!r}")
+    terminations = 1 - data["masks"]  # success; data["terminals"] are the ends of trajectories
+    actions = data["actions"].clip(-1 + 1e-5, 1 - 1e-5)
+    steps = data["observations"], actions, data["rewards"], data["next_observations"]
+    return [*steps, terminations, np.maximum(data["terminals"], terminations)]
+
+
+def evaluate(agent: Agent, envs, args: Args, mode: str, film: Path, stop=()) -> dict:
+    """One episode per env, side by side: a row for evaluations.csv; films one_step's first env."""
+    rng = Generator(agent.device).manual_seed(args.seed)  # all evaluations start alike
+    obs, _ = envs.reset(seed=[2 * args.seed + 1] * envs.num_envs)  # training has the even seeds
+    running, frames, plan = np.full(envs.num_envs, True), [], []
+    returns, success = np.zeros(envs.num_envs), np.full(envs.num_envs, np.nan)
+    while running.any() and not stop:
+        if args.capture_video and mode == "one_step" and running[0]:
+            frames.append(envs.envs[0].render())
+        if not plan:  # of all episodes together, as they began together
+            chunks = act(agent, torch.as_tensor(obs, device=rng.device), args, rng, mode)
+            plan = list(chunks.cpu().numpy().reshape(len(obs), args.chunk_size, -1).swapaxes(0, 1))
+        obs, _, terminations, truncations, infos = envs.step(plan.pop(0))
+        for i in np.flatnonzero((terminations | truncations) & running):
+            final, running[i] = infos["final_info"], False
+            returns[i] = final["episode"]["r"][i]
+            success[i] = final.get("success", final.get("is_success", success))[i]
+    if frames:
+        from gymnasium.utils.save_video import save_video  # slow to import
+
+        dt = getattr(envs.envs[0].unwrapped, "dt", 1 / 30)  # MuJoCo's and dm_control's own clock
+        save_video(frames, film.parent, lambda _: True, name_prefix=film.name, fps=1 / dt)
+    row = {"mode": mode, "nfe": agent.modes[mode][0], "num_candidates": agent.modes[mode][1]}
+    row |= {"return_mean": returns.mean(), "return_std": returns.std()}
+    return row | {"success_rate": success.mean(), "returns": " ".join(f"{x:.4f}" for x in returns)}
+
+
+class RunLogger:
+    """The run directory: its CSV files and TensorBoard events, which wandb mirrors if asked to."""
+
+    def __init__(self, args: Args, device: torch.device, run_dir: Path | None, global_step: int):
+        self.run_dir = run_dir or self.create(args, device)
+        (self.run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        for path in self.run_dir.glob("*.csv"):  # what a resumed run repeats must not stand twice
+            head, *rows = path.read_text().splitlines(keepends=True)
+            rows = [r for r in rows if r[-1] == "\n" and int(r.split(",")[0]) <= global_step]
+            path.write_text("".join([head, *rows]))
+        if args.track:
+            import wandb
+
+            where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+            where |= {"id": self.run_dir.name, "resume": "allow"}
+            wandb.init(**where, config=asdict(args), sync_tensorboard=True)
+            wandb.save(f"{self.run_dir}/videos/*.mp4", base_path=self.run_dir)
+        self.writer = SummaryWriter(self.run_dir, purge_step=global_step + 1)
+
+    def create(self, args: Args, device: torch.device) -> Path:
+        """Make runs/<env>__<exp>__<seed>__<time>; mkdir fails rather than share one."""
+        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
+        run_dir = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
+        run_dir.mkdir(parents=True)
+        packages = "torch", "gymnasium", "mujoco", "dm-control", "numpy"
+        versions = {"python": sys.version.split()[0]} | {p: metadata.version(p) for p in packages}
+        git, here = "git describe --always --dirty --abbrev=40", Path(__file__).parent
+        run = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True)
+        cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        cpu = [line.split(": ")[1] for line in cpu.splitlines() if line.startswith("model name")]
+        gpu = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
+        versions |= {"commit": run.stdout.strip(), "device": (gpu + cpu + [sys.platform])[0]}
+        versions["threads"] = torch.get_num_threads()
+        (run_dir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+        return run_dir
+
+    def row(self, name: str, values: dict, plotted: dict) -> None:
+        """Append to <name>.csv, columns from the first row, NaN empty; TensorBoard gets plotted."""
+        with (self.run_dir / f"{name}.csv").open("a") as file:
+            if file.tell() == 0:
+                file.write(",".join(values) + "\n")
+            file.write(",".join("" if v != v else str(v) for v in values.values()) + "\n")
+        for key, value in plotted.items():
+            self.writer.add_scalar(key, value, values["global_step"])
+
+
+def save_run(run_dir, args, agent, buffer, envs, rng, progress: dict) -> None:
+    """policy.pt to use the policy, checkpoint.pt to go on training exactly where it stopped."""
+    state = progress | {"args": asdict(replace(args, resume=None))}
+    policy = {"policy": agent.target_policy.state_dict(), "critics": agent.critic.state_dict()}
+    policy |= {key: state[key] for key in ("args", "global_step")}
+    counters = {key: value for key, value in vars(agent).items() if type(value) is int}
+    state |= {"agent": agent.state_dict(), "counters": counters}
+    state["optimizers"] = {key: opt.state_dict() for key, opt in agent.optimizers.items()}
+    state["buffer"] = {key: value[: buffer.size].clone() for key, value in buffer.data.items()}
+    state |= {"position": buffer.position, "rng": rng.get_state(), "device": rng.device.type}
+    episodes = envs.get_attr("episode")
+    state["episodes"] = [e | {"actions": torch.tensor(np.array(e["actions"]))} for e in episodes]
+    for name, content in ("policy.pt", policy), ("checkpoint.pt", state):
+        torch.save(content, run_dir / f"{name}.tmp")
+        os.replace(run_dir / f"{name}.tmp", run_dir / name)  # a crash leaves the old or the new one
+
+
+def load(path: str, name: str) -> tuple[Path, dict]:
+    """Read what save_run wrote, given the file or its run directory; refuse anything else."""
+    file = Path(path) / name if Path(path).is_dir() else Path(path)
+    keys = {"args", "global_step", "episodes" if name == "checkpoint.pt" else "policy"}
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        assert keys <= set(content) and set(content["args"]) == {f.name for f in fields(Args)}
+    except Exception:  # torch raises many kinds for a damaged file
+        fail(f"{file} is missing, damaged or no {name} of this version of {Path(__file__).name}")
+    return file, content
+
+
+def restore_run(saved: dict, agent, buffer, envs, rng) -> np.ndarray:
+    """Undo save_run; returns the observations the envs were at."""
+    agent.load_state_dict(saved["agent"])
+    vars(agent).update(saved["counters"])
+    for key, optimizer in agent.optimizers.items():
+        optimizer.load_state_dict(saved["optimizers"][key])
+    buffer.position, buffer.size = saved["position"], len(saved["buffer"]["rewards"])
+    for key, value in saved["buffer"].items():
+        buffer.data[key][: buffer.size] = value
+    rng.set_state(saved["rng"])
+    return np.stack(envs.call("restore", saved["episodes"]))
+
+
+def check_args(args: Args) -> torch.device:
+    """Refuse values that cannot work; returns the device to run on."""
+    numbers = {k: v for k, v in asdict(args).items() if type(v) in (int, float)}
+    zero_ok = "seed", "eval_every", "checkpoint_every", "torch_threads", "noise_scale", "ivc_coef"
+    zero_ok += "offline_steps", "learning_starts"
+    limits = dict.fromkeys(("gamma", "tau"), (1, "at most 1"))
+    limits["learning_starts"] = args.total_timesteps, "at most --total-timesteps"
+    for key, value in numbers.items():
+        limit, high = limits.get(key, (sys.float_info.max, "finite"))
+        low = "0 or more" if key in zero_ok else "above 0"
+        if not (0 < value <= limit or (value == 0 and key in zero_ok)):
+            fail(f"--{key.replace('_', '-')} {value} must be {low} and {high}")
+    if args.env_id.startswith("ogbench:") and not find_spec("ogbench"):
+        fail(f"{args.env_id} needs OGBench: pip install ogbench==1.2.2")
+    if args.offline_steps + args.utd * (args.total_timesteps - args.learning_starts) < 1:
+        fail(f"--utd {args.utd} gives no update; raise it or --offline-steps")
+    try:
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(auto if args.device == "auto" else args.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        fail(f"--device {args.device} is not to be had here; --device auto takes what there is")
+    return device
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line; --resume and --evaluate take their defaults from the stored arguments."""
+    args = tyro.cli(Args, args=argv)
+    if path := args.resume or args.evaluate:
+        _, saved = load(path, "checkpoint.pt" if args.resume else "policy.pt")
+        args = tyro.cli(Args, args=argv, default=Args(**saved["args"]))
+    return args
+
+
+# ---------------------------------------------------------------------------- main
+def replay(args: Args, agent: Agent, envs) -> None:
+    """--evaluate: the saved policy with one network evaluation per chunk of actions."""
+    file, saved = load(args.evaluate, "policy.pt")
+    if args.env_id != saved["args"]["env_id"]:
+        fail(f"{file} was trained on {saved['args']['env_id']}, not on {args.env_id}")
+    agent.target_policy.load_state_dict(saved["policy"])
+    agent.target_policy = for_one_step(agent.target_policy)
+    result = evaluate(agent, envs, args, "one_step", file.parent / "videos" / "evaluate")
+    for episode, value in enumerate(result["returns"].split()):
+        print(f"episode {episode}: return {value}")
+    print("success rate {success_rate:.2f}".format(**result))
+    obs = torch.zeros(1, *envs.single_observation_space.shape, device=agent.device)
+    rng = Generator(obs.device)
+    ms = min(timeit.repeat(lambda: act(agent, obs, args, rng, "one_step").cpu(), number=100)) * 10
+    print("return {return_mean:.2f} +- {return_std:.2f}".format(**result), f"{ms:.3f} ms/chunk")
+
+
+def main(args: Args) -> Path | None:
+    """Train and return the run directory; the loop is act, step, store, learn, log."""
+    file, saved, device = None, None, check_args(args)
+    torch.set_num_threads(args.torch_threads or min(8, torch.get_num_threads()))
+    if args.resume:
+        file, saved = load(args.resume, "checkpoint.pt")
+        may_change = "resume", "total_timesteps", "log_every", "capture_video", "torch_threads"
+        may_change += "track", "wandb_project_name", "wandb_entity"
+        for key, value in saved["args"].items():
+            if value != getattr(args, key) and key not in may_change:
+                fail(f"--{key.replace('_', '-')} cannot change on --resume; it was {value}")
+        if saved["device"] != device.type:
+            fail(f"{file} was written on {saved['device']} and can only go on there")
+    if args.capture_video and not {"DISPLAY", "MUJOCO_GL"} & set(os.environ):
+        choose_opengl()
+    envs = make_envs(args.env_id, 1)
+    eval_envs = make_envs(args.env_id, args.eval_episodes, film=args.capture_video)
+    obs_dim, act_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    torch.manual_seed(args.seed)  # the networks' initial weights
+    agent = Agent(obs_dim, act_dim, args, device)
+    if args.evaluate:
+        return replay(args, agent, eval_envs)
+    data = [] if saved else load_dataset(args)  # a checkpoint's buffer holds it already
+    buffer = ReplayBuffer(args, obs_dim, act_dim, device)
+    rng = Generator(device).manual_seed(args.seed)  # noise, replay sampling
+    charts = "charts/episodic_return", "charts/episodic_length", "charts/success", "charts/SPS"
+    if saved:
+        global_step, start, metrics = saved["global_step"], saved["wall_time"], saved["metrics"]
+        obs, plan = restore_run(saved, agent, buffer, envs, rng), list(saved["plan"].numpy())
+    else:
+        global_step, start, metrics = 0, 0.0, dict.fromkeys(charts, math.nan)
+        obs, plan = envs.reset(seed=[2 * args.seed])[0], []  # the rest of the chunk in execution
+        if not args.chunk_size <= len(data[0]) <= args.buffer_size:
+            fail(f"--dataset holds {len(data[0]):,} transitions: no chunk, or over --buffer-size")
+        buffer.add(*data)
+    logger = RunLogger(args, device, file and file.parent, global_step)
+    run_dir, rows = logger.run_dir, args.batch_size * args.num_candidates
+    print(f"{args.env_id}: {obs_dim} observations, {act_dim} actions; writing to {run_dir}")
+    print(f"one update evaluates {rows * args.flow_steps:,} policy rows, {2 * rows:,} critic rows")
+    if args.compile:
+        accelerate(agent, args, device)
+
+    stop, stopping, start = [], False, time.perf_counter() - start
+    for signum in signal.SIGINT, signal.SIGTERM:  # one finishes the step and saves, two kill
+        signal.signal(signum, lambda s, _: sys.exit(128 + s) if stop else stop.append(s))
+    last_step = args.offline_steps + args.total_timesteps
+    bar = tqdm(total=last_step, initial=global_step, unit="step", disable=None)
+    while global_step < last_step and not stopping:
+        global_step += 1
+        online_step = global_step - args.offline_steps
+        if online_step > 0:
+            # act: plan a chunk of actions, execute it open loop
+            if not plan:
+                chunk = agent.act(agent, torch.as_tensor(obs, device=device), args, rng, "explore")
+                plan = list(chunk.cpu().numpy().reshape(args.chunk_size, 1, act_dim))
+            actions = plan.pop(0)
+
+            # step and store: where an episode ended, next_obs already belongs to the one after it
+            next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+            last_obs, ends = next_obs.copy(), terminations | truncations
+            if ends[0]:
+                last_obs[0], plan, final = infos["final_obs"][0], [], infos["final_info"]
+                for chart, key in zip(charts[:2], "rl", strict=True):
+                    metrics[chart] = float(final["episode"][key][0])
+                metrics["charts/success"] = float(final.get("success", [math.nan])[0])
+            buffer.add(obs, actions, rewards, last_obs, terminations, ends)
+            obs = next_obs
+
+        # learn: one update per offline step, then utd per online step beyond learning_starts
+        online_updates = int(args.utd * max(0, online_step - args.learning_starts) + 1e-9)
+        while agent.updates < min(global_step, args.offline_steps) + online_updates:
+            metrics |= update(agent, buffer.sample(args.batch_size, rng), args, rng)
+
+        # log, evaluate, save
+        last = global_step in (args.offline_steps, last_step)  # of its phase
+        wall_time = round(time.perf_counter() - start, 3)
+        row = {"global_step": global_step, "updates": agent.updates, "wall_time": wall_time}
+        bar.update()
+        logging = last or global_step % args.log_every == 0
+        evaluating = args.eval_every and (last or global_step % args.eval_every == 0)
+        saving = last or stop or global_step % (args.checkpoint_every or math.inf) == 0
+        if logging or evaluating or saving:  # a diverged run must not replace its last checkpoint
+            metrics = {key: float(value) for key, value in metrics.items()}
+            for key, value in (metrics | agent.state_dict()).items():
+                if key[:6] != "charts" and not torch.as_tensor(value).isfinite().all():
+                    raise SystemExit(f"diverged: {key} is NaN or infinite at step {global_step}")
+        if logging and agent.updates:
+            metrics["charts/SPS"] = round(global_step / wall_time, 1)
+            logger.row("metrics", row | metrics, metrics)
+            bar.set_postfix(episodic_return=metrics[charts[0]])
+        for mode in agent.modes if evaluating else ():
+            result = evaluate(agent, eval_envs, args, mode, run_dir / f"videos/{global_step}", stop)
+            if stop:  # a signal does not wait for the evaluation, which is given up
+                break
+            keys = "return_mean", "return_std", "success_rate"
+            plotted = {f"eval_{mode}/{key}": result[key] for key in keys}
+            logger.row("evaluations", row | result, plotted)
+            text = "step {global_step:,}: {mode} {return_mean:.1f}, success rate {success_rate:.2f}"
+            tqdm.write(text.format(**row, **result))
+        stopping = bool(stop)  # decided once: a signal from here on waits for the next step
+        if saving or stopping:
+            row |= {"metrics": metrics, "plan": torch.tensor(np.array(plan))}
+            save_run(run_dir, args, agent, buffer, envs, rng, row)
+    for resource in bar, logger.writer, envs, eval_envs:
+        resource.close()
+    if stopping:
+        print(f"stopped; go on with --resume {run_dir}", file=sys.stderr)
+        raise SystemExit(128 + stop[0])
+    return run_dir
+
+
+if __name__ == "__main__":
+    main(parse_args())
