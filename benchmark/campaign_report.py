@@ -67,7 +67,9 @@ ALGORITHMS = {
     "fpmd_meanflow_online": Algorithm("FPMD-M", "#D55E00", ("one_step",), ("FPMD-M", VARIANT)),
     "mvp_online": Algorithm("MVP", "#009E73", ("one_step",), ("MVP",)),
     "sac_online": Algorithm("SAC", "#000000", ("one_step", "sampled"), ("SAC",)),
-    "dpmd_online": Algorithm("DPMD", "#CC79A7", ("best_of_n",), ("DPMD/SDAC", "DPMD")),
+    "dpmd_online": Algorithm(
+        "DPMD", "#CC79A7", ("best_of_n", "one_candidate"), ("DPMD/SDAC", "DPMD")
+    ),
 }
 ONE_STEP = "fpmd_online", "fpmd_meanflow_online", "mvp_online"
 BASELINES = "sac_online", "dpmd_online"
@@ -411,9 +413,11 @@ def latency(path: Path) -> str:
     """Milliseconds per action, a row per policy and batch; ratios to a sampled SAC action."""
     rows, table = read(path), []
     by = {(r["batch"], r["policy"], r["steps"], r["mode"]): r for r in rows}
-    for batch, policy, steps in dict.fromkeys((r["batch"], r["policy"], r["steps"]) for r in rows):
+    modes = dict.fromkeys(row["mode"] for row in rows)
+    cases = dict.fromkeys((row["batch"], row["policy"], row["steps"]) for row in rows)
+    for batch, policy, steps in sorted(cases, key=lambda case: int(case[0])):
         line = {"actions at once": batch, "policy": policy, "network evaluations": steps}
-        for mode in "eager", "compiled":
+        for mode in modes:
             row = by.get((batch, policy, steps, mode))
             names = "median", "mean", "p99"
             cells = [digits(float(row[f"{name}_ms"])) if row else "-" for name in names]
