@@ -146,9 +146,17 @@ def scores(curves: Curves, algorithm: str, env_ids: list[str]) -> Scores:
 
 
 def shared(curves: Curves, algorithms: list[str]) -> list[str]:
-    """The tasks with a scale on which all these algorithms have runs."""
-    names = tasks_of(curves)
-    return [e for e in names if scale(e) and all(runs(curves, e, name) for name in algorithms)]
+    """The tasks on which all these algorithms have runs."""
+    return [e for e in tasks_of(curves) if all(runs(curves, e, name) for name in algorithms)]
+
+
+def beats(curves: Curves, algorithm: str, other: str) -> tuple[str, int] | None:
+    """Probability of improvement with its interval, and over how many tasks: it needs no scale."""
+    if not (env_ids := shared(curves, [algorithm, other])):
+        return None
+    groups = [[final(runs(curves, e, name)) for e in env_ids] for name in (algorithm, other)]
+    ends = bootstrap(probability_of_improvement, *groups)
+    return bracketed(probability_of_improvement(*groups), ends), len(env_ids)
 
 
 def blocks(curves: Curves) -> list[tuple[list[str], list[str]]]:
@@ -156,7 +164,8 @@ def blocks(curves: Curves) -> list[tuple[list[str], list[str]]]:
     all_of_them = algorithms_of(curves)
     scaled = [env_id for env_id in tasks_of(curves) if scale(env_id)]
     complete = [name for name in all_of_them if all(runs(curves, e, name) for e in scaled)]
-    found = [(scaled, complete), (shared(curves, all_of_them), all_of_them)]
+    common = [env_id for env_id in shared(curves, all_of_them) if scale(env_id)]
+    found = [(scaled, complete), (common, all_of_them)]
     found = [block for i, block in enumerate(found) if all(block) and block not in found[:i]]
     return found
 
@@ -320,14 +329,11 @@ def standing(path: Path) -> str:
         at_time = [(e, c.at_time, duration(c.seconds)) for e, c in found.items()]
         sentences = [f"**{names[0]} against {names[1]}.**", sentence("At equal steps", at_step)]
         sentences.append(sentence("At equal wall time", at_time))
-        if env_ids := shared(curves, [algorithm, baseline]):
-            groups = [scores(curves, name, env_ids) for name in (algorithm, baseline)]
-            value = probability_of_improvement(*groups)
-            ends = bootstrap(probability_of_improvement, *groups)
-            sentences.append(
-                f"A run of {names[0]} ends above one of {names[1]} with probability "
-                f"{bracketed(value, ends)} over {len(env_ids)} task{'s' * (len(env_ids) > 1)}."
-            )
+        probability, tasks = beats(curves, algorithm, baseline)
+        sentences.append(
+            f"A run of {names[0]} ends above one of {names[1]} with probability {probability} "
+            f"over {tasks} task{'s' * (tasks > 1)}."
+        )
         lines.append(f"- {' '.join(sentences)}")
     return "\n".join(lines) or "No runs of a one-step policy and a baseline on the same task yet."
 
@@ -394,12 +400,8 @@ def improvement(path: Path) -> str:
     for algorithm in [name for name in names if name in ONE_STEP]:
         line = {"P(row beats column)": ALGORITHMS[algorithm].name}
         for other in names:
-            env_ids = shared(curves, [algorithm, other])
-            cell = "-"
-            if env_ids and other != algorithm:
-                groups = [scores(curves, name, env_ids) for name in (algorithm, other)]
-                ends = bootstrap(probability_of_improvement, *groups)
-                cell = f"{bracketed(probability_of_improvement(*groups), ends)}, {len(env_ids)}"
+            found = None if other == algorithm else beats(curves, algorithm, other)
+            cell = f"{found[0]}, {found[1]}" if found else "-"
             line[ALGORITHMS[other].name] = cell
         table.append(line)
     if not table:

@@ -1,4 +1,4 @@
-"""Rebuild the tables and learning curves of README.md and docs/ from benchmark/results/*.csv.
+"""Rebuild the tables and figures of README.md and docs/ from benchmark/results/*.csv.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is a key of TABLES below.
 Every number comes from a CSV, so who edits a table by hand loses it here. Only the figures need

@@ -270,16 +270,16 @@ def test_young_campaigns_have_fewer_rows_and_no_interval(copy):
     assert rows_of(page, "across")[0]["runs"] == "2"
     # a second algorithm on one of the tasks and one that a scale is missing for, one run growing
     young = run_rows("sac_online", "Ant-v4", 1, [50, 60], planned=100_000)
-    other = run_rows("mvp_online", "Reacher-v4", 1, [1] * 10)
-    page = report(copy, *full("mvp_online", 100, seeds=(1,)), young, other)
-    assert [r["steps"] for r in rows_of(page, "tasks") if r["algorithm"] == "SAC"] == [
-        "20,000 of 100,000",
-        "20,000 of 100,000",
-    ]
-    (pair,) = rows_of(page, "differences")
+    others = [run_rows(name, "Reacher-v4", 1, [1] * 10) for name in ("mvp_online", "sac_online")]
+    page = report(copy, *full("mvp_online", 100, seeds=(1,)), young, *others)
+    steps = [r["steps"] for r in rows_of(page, "tasks") if r["algorithm"] == "SAC"]
+    assert steps == ["20,000 of 100,000"] * 2 + ["100,000"] * 2  # its mean, its samples
+    pair, equal = rows_of(page, "differences")
     assert pair["environment"] == "Ant-v4" and pair["steps"] == "20,000"
     assert pair["at equal steps"] == "+46.0" and pair["at equal steps it is"] == "one seed"
-    assert "without an interval, from one seed, on Ant-v4 (+46.0)" in page
+    assert equal["environment"] == "Reacher-v4" and equal["at equal steps"] == "0.0"
+    assert "from one seed, on Ant-v4 (+46.0, 20,000) and Reacher-v4 (0.0, 100,000)" in page
+    assert "with probability 0.75 [0.75, 0.75] over 2 tasks" in page  # a win and a tie
     blocks = [(r["tasks"], r["algorithm"]) for r in rows_of(page, "across")]
     assert blocks == [("2", "MVP"), ("1", "MVP"), ("1", "SAC")]
     assert "Without a published SAC return, so not counted: Reacher-v4" in page
