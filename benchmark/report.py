@@ -1,4 +1,4 @@
-"""Rebuild the tables and learning curves of README.md and docs/ from benchmark/results/*.csv.
+"""Rebuild the tables and figures of README.md and docs/ from benchmark/results/*.csv.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is a key of TABLES below.
 Every number comes from a CSV, so who edits a table by hand loses it here. Only the figures need
@@ -10,81 +10,38 @@ matplotlib (benchmark/requirements.txt).
 """
 
 import argparse
-import csv
 import math
 import re
 import statistics
 import sys
 import textwrap
 from collections import defaultdict
-from itertools import pairwise
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS, FIGURES = ROOT / "benchmark" / "results", ROOT / "docs" / "figures"
+import campaign_report
+from campaign import LAST, interval
+from formatting import (
+    FIGURES,
+    RESULTS,
+    ROOT,
+    across_seeds,
+    commits,
+    digits,
+    hardware,
+    joined,
+    joined_numbers,
+    markdown,
+    number,
+    pyplot,
+    read,
+    references,
+    save,
+    spread_out,
+    thousands,
+)
+
 TABLE = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-# 97.5% quantiles of Student's t for 2, 3, ... 10 seeds
-STUDENT_T = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
-LAST = 5  # evaluations averaged at the end of a run
 ABLATION_LAST = 3  # the same in short runs that are compared with each other
-
-
-# ---------------------------------------------------------------------------- reading, formatting
-
-
-def read(path: Path) -> list[dict]:
-    if not path.exists():
-        sys.exit(f"report.py: error: {path} is missing")
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def number(value: float) -> str:
-    """All digits before the point, one after it for small values: -0.3, 26.8, 1,001."""
-    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.1f}"
-
-
-def digits(value: float) -> str:
-    """Three significant digits without an exponent: 0.123, 1.23, 1,230."""
-    return f"{float(f'{value:.3g}'):,g}"
-
-
-def markdown(rows: list[dict]) -> str:
-    """A Markdown table with the rows' keys as its head; columns of numbers are aligned right."""
-    table = [[str(cell) for cell in row.values()] for row in rows]
-    numeric = [all(re.match(r"[-?\d]", c) for c in column) for column in zip(*table, strict=True)]
-    lines = [rows[0], ["--:" if right else ":--" for right in numeric], *table]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def joined(rows: list[dict], column: str) -> str:
-    return ", ".join(sorted({row[column] for row in rows}))
-
-
-def joined_numbers(numbers: set[int]) -> str:
-    return " or ".join(map(str, sorted(numbers)))
-
-
-def commits(rows: list[dict]) -> str:
-    """Short hashes; a trailing -dirty stays."""
-    short = {re.sub(r"^(\w{7})\w+", r"\1", row["commit"]) for row in rows}
-    return ", ".join(f"`{commit or 'unknown'}`" for commit in sorted(short))
-
-
-def hardware(rows: list[dict]) -> str:
-    threads = joined(rows, "threads")
-    return f"{joined(rows, 'device')}, {threads} thread{'s' * (threads != '1')}"
-
-
-def interval(values: list[float]) -> float:
-    """Half the width of Student's 95% interval of the mean."""
-    return STUDENT_T[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def across_seeds(values: list[float]) -> str:
-    """The mean, with Student's 95% interval if there are several seeds."""
-    mean = number(statistics.fmean(values))
-    return mean if len(values) == 1 else f"{mean} ± {number(interval(values))}"
 
 
 # ---------------------------------------------------------------------------- training runs
@@ -119,12 +76,6 @@ def names(found: dict) -> dict:
 def last(rows: list[dict]) -> dict:
     """The last row of the acting rule, the mode whose rows know N and T."""
     return [row for row in rows if row["mode"] == "best_of_n"][-1]
-
-
-def references() -> dict:
-    """Mean return by (env_id, policy), for the policies random and zero."""
-    rows = read(RESULTS / "reference_policies.csv")
-    return {(row["env_id"], row["policy"]): float(row["return_mean"]) for row in rows}
 
 
 def results(path: Path) -> str:
@@ -463,32 +414,12 @@ def precision(path: Path) -> str:
 # ---------------------------------------------------------------------------- figures
 
 
-def spread_out(heights: list[float], gap: float) -> list[float]:
-    """Heights for labels: near the given ones, in their order, at least gap apart."""
-    order, placed = sorted(range(len(heights)), key=heights.__getitem__), list(heights)
-    for _ in range(100):  # neighbours push each other away
-        for below, above in pairwise(order):
-            push = max(0, gap - (placed[above] - placed[below])) / 2
-            placed[below], placed[above] = placed[below] - push, placed[above] + push
-    return placed
-
-
-def thousands(steps: float, _) -> str:
-    return f"{steps / 1e6:g}M" if steps >= 1e6 else f"{steps / 1e3:g}k" if steps else "0"
-
-
 def draw_learning_curves(path: Path, output: Path) -> None:
     """A panel per experiment: both evaluation modes against environment steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from PIL import Image  # matplotlib needs it too
-
+    plt = pyplot()
     found, reference = experiments(path), references()
     columns = min(len(found), 2)
     rows = math.ceil(len(found) / columns)
-    plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     figure, panels = plt.subplots(
         rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False, layout="constrained"
     )
@@ -533,10 +464,7 @@ def draw_learning_curves(path: Path, output: Path) -> None:
         panel.set_xlabel("environment steps")
     for panel in panels[:, 0]:
         panel.set_ylabel("evaluation return")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=200)
-    Image.open(output).convert("RGB").quantize(64).save(output, optimize=True)  # a third the size
-    print(f"drew {output.relative_to(ROOT)}")
+    save(figure, output)
 
 
 # ---------------------------------------------------------------------------- main
@@ -560,11 +488,16 @@ TABLES = {  # name in the markers: (what writes it, from which CSV)
     "speed-acting-cuda": (speed_of_acting, "speed_cuda.csv"),
     "speed-variants-cuda": (speed_of_variants, "speed_cuda.csv"),
     "end-to-end-cuda": (end_to_end, "end_to_end_cuda.csv"),
+    **campaign_report.TABLES,
 }
-CURVES = {
-    "fpmd_online_cpu.png": "fpmd_online_cpu.csv",
-    "fpmd_meanflow_online_cpu.png": "fpmd_meanflow_online_cpu.csv",
-    "fpmd_meanflow_online_200k_cpu.png": "fpmd_meanflow_online_200k_cpu.csv",
+DRAWINGS = {  # figure: (what draws it, from which CSV)
+    "fpmd_online_cpu.png": (draw_learning_curves, "fpmd_online_cpu.csv"),
+    "fpmd_meanflow_online_cpu.png": (draw_learning_curves, "fpmd_meanflow_online_cpu.csv"),
+    "fpmd_meanflow_online_200k_cpu.png": (
+        draw_learning_curves,
+        "fpmd_meanflow_online_200k_cpu.csv",
+    ),
+    **campaign_report.DRAWINGS,
 }
 
 
@@ -577,7 +510,10 @@ def rebuild(path: Path) -> tuple[str, list[str]]:
         if name not in TABLES:
             sys.exit(f"report.py: error: {path.name} asks for {name}; known: {', '.join(TABLES)}")
         build, source = TABLES[name]
-        new = f"{begin}\n{build(RESULTS / source)}\n\n{end}"
+        new = build(RESULTS / source)
+        if path.parent != ROOT:  # links to figures start from the document
+            new = new.replace("](docs/", "](")
+        new = f"{begin}\n{new}\n\n{end}"
         if new != match[0]:
             changed.append(name)
         return new
@@ -606,9 +542,9 @@ def main() -> None:
             path.write_text(text)
     if args.check:
         sys.exit(int(stale))
-    for figure, source in CURVES.items():
+    for figure, (draw, source) in DRAWINGS.items():
         if not args.tables and (RESULTS / source).exists():
-            draw_learning_curves(RESULTS / source, FIGURES / figure)
+            draw(RESULTS / source, FIGURES / figure)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,210 @@
+"""Milliseconds per action: one-step policies beside the same in many steps, DPMD and SAC.
+
+Everything is timed in one process on Ant-v4's sizes with the published networks, untrained since
+weights change no time. A call takes observations that are on the device and returns actions on the
+CPU: the script's own act in the mode that it deploys, with the policy as for_one_step makes it (for
+DPMD that is 20 steps of one candidate); FPMD-R in more steps is its generate. Rounds of all cases
+take turns, so that a drift of the machine hits them alike; single calls are timed, so that there is
+a 99th percentile.
+
+compiled: generate (all T steps in one), or without one the policy, through torch.compile.
+
+    python benchmark/latency.py
+    python benchmark/latency.py --device cuda
+    python benchmark/latency.py --threads 1 --modes eager --calls 200 --output quick.csv
+"""
+
+import argparse
+import csv
+import gc
+import importlib.util
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import campaign_report
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+OBS_DIM, ACT_DIM = 27, 8  # Ant-v4's
+BURST = 20  # calls of a case in a row
+POLICIES = {  # name, number of steps: (script, mode of act or None for generate)
+    ("FPMD-R", 1): ("fpmd_online", "one_step"),
+    ("FPMD-M", 1): ("fpmd_meanflow_online", "one_step"),
+    ("MVP", 1): ("mvp_online", "one_step"),
+    ("SAC", 1): ("sac_online", "one_step"),
+    ("SAC, sampled", 1): ("sac_online", "sampled"),
+    ("FPMD-R", 5): ("fpmd_online", None),
+    ("FPMD-R", 20): ("fpmd_online", None),
+    ("DPMD", 20): ("dpmd_online", "one_candidate"),
+}
+MODES = "eager", "compiled"
+
+
+@dataclass
+class Case:
+    """What one row of the CSV times."""
+
+    policy: str
+    steps: int
+    batch: int
+    mode: str
+    call: Callable[[], Tensor]
+    seconds: list[float] = field(default_factory=list)
+
+
+def load_script(name: str, copy: int) -> ModuleType | None:
+    """A copy of the script as a module of its own, from the root or baselines/, if it is there."""
+    paths = [folder / f"{name}.py" for folder in (ROOT, ROOT / "baselines")]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        return None
+    spec = importlib.util.spec_from_file_location(f"{name}_latency_{copy}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def action(
+    module: ModuleType, mode: str | None, steps: int, batch: int, compiled: bool, device
+) -> Callable[[], Tensor]:
+    """A function from nothing to actions (batch, act_dim) on the CPU."""
+    args = module.Args()
+    torch.manual_seed(0)
+    agent, rng = module.Agent(OBS_DIM, ACT_DIM, args, device), torch.Generator(device)
+    obs = torch.randn((batch, OBS_DIM), generator=rng.manual_seed(0), device=device)
+    if mode is not None and agent.modes[mode][0] != steps:
+        raise ValueError(f"{module.__name__} takes {agent.modes[mode][0]} steps in {mode}")
+    if mode == next(iter(agent.modes)):  # the one that --evaluate replays
+        agent.target_policy = module.for_one_step(agent.target_policy)
+    if compiled and hasattr(module, "generate"):
+        module.generate = torch.compile(module.generate, dynamic=False)  # act looks it up there
+    elif compiled:
+        forward = agent.target_policy.forward
+        agent.target_policy.forward = torch.compile(forward, dynamic=False)
+
+    @torch.no_grad()
+    def generate() -> Tensor:
+        noise = torch.randn((batch, ACT_DIM), generator=rng, device=device)
+        noise = args.prior_std * noise
+        return module.generate(agent.target_policy, obs, noise, steps).clamp(-1, 1).cpu()
+
+    return generate if mode is None else lambda: module.act(agent, obs, args, rng, mode).cpu()
+
+
+def cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
+    """Everything that can be timed, compiled and warm; what cannot has a line on stderr."""
+    found, copies = [], 0
+    for (policy, steps), (script, act_mode) in POLICIES.items():
+        if policy not in options.policies:
+            continue
+        for batch in options.batches:
+            for mode in options.modes:
+                copies += 1
+                if (module := load_script(script, copies)) is None:
+                    print(f"left out: {policy}, there is no {script}.py", file=sys.stderr)
+                    break
+                sizes = steps, batch, mode == "compiled", device
+                what = f"{policy}, {steps} step{'s' * (steps > 1)}, batch {batch}, {mode}"
+                try:
+                    call = action(module, act_mode, *sizes)
+                    for _ in range(5):
+                        actions = call()
+                    assert actions.shape == (batch, ACT_DIM) and actions.device.type == "cpu"
+                except Exception as error:  # above all no compiler
+                    reason = str(error).strip().splitlines() or [type(error).__name__]
+                    print(f"left out: {what}: {reason[0]}", file=sys.stderr)
+                    continue
+                found.append(Case(policy, steps, batch, mode, call))
+                print(f"ready: {what}", file=sys.stderr)
+            if module is None:
+                break
+    return found
+
+
+def time_all(found: list[Case], calls: int, device: torch.device) -> None:
+    """Bursts of every case in turn; the first two calls of a burst find cold caches, uncounted."""
+    gc.collect()
+    gc.disable()
+    while found and len(found[0].seconds) < calls:
+        for case in found:
+            for i in range(BURST + 2):
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                start = time.perf_counter()
+                case.call()  # its .cpu() waits for the device
+                spent = time.perf_counter() - start
+                if i >= 2:
+                    case.seconds.append(spent)
+    gc.enable()
+
+
+def to_rows(found: list[Case], device: torch.device) -> list[dict]:
+    # not at the top: it loads a training script for its variants
+    from speed import provenance
+
+    origin, rows = provenance(device), []
+    for case in found:
+        ms = 1000 * np.array(case.seconds)
+        row = {"policy": case.policy, "steps": case.steps, "batch": case.batch, "mode": case.mode}
+        row |= {"device": device.type, "threads": origin["threads"]}
+        row |= {"mean_ms": f"{ms.mean():.4f}", "median_ms": f"{np.median(ms):.4f}"}
+        row |= {"p99_ms": f"{np.percentile(ms, 99):.4f}", "calls": len(ms)}
+        row |= {"torch": origin["torch"], "hardware": origin["device"], "commit": origin["commit"]}
+        rows.append(row)
+    return rows
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    several = {"nargs": "+", "metavar": "NAME"}
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    text = "CPU threads of torch; unset: what the scripts take, all up to 8"
+    parser.add_argument("--threads", type=int, default=0, help=text)
+    names = list(dict.fromkeys(policy for policy, _ in POLICIES))
+    parser.add_argument("--policies", **several, choices=names, default=names, help="which")
+    parser.add_argument("--modes", **several, choices=MODES, default=list(MODES), help="which")
+    text = "actions at once"
+    parser.add_argument("--batches", type=int, nargs="+", metavar="B", default=[1, 256], help=text)
+    parser.add_argument("--calls", type=int, default=1_000, help="of every case, at least")
+    text = (
+        "CSV to write, as a whole; unset: benchmark/results/latency_<device>.csv, but a temporary "
+        "file if only a part is measured"
+    )
+    parser.add_argument("--output", type=Path, help=text)
+    options = parser.parse_args()
+    if options.output is None:
+        partly = "policies", "modes", "batches", "calls"
+        quick = any(getattr(options, key) != parser.get_default(key) for key in partly)
+        folder = Path(tempfile.mkdtemp()) if quick else ROOT / "benchmark" / "results"
+        options.output = folder / f"latency_{torch.device(options.device).type}.csv"
+    return options
+
+
+def main() -> None:
+    options = parse()
+    device = torch.device(options.device)
+    torch.set_num_threads(options.threads or min(8, torch.get_num_threads()))
+    found = cases(options, device)
+    if not found:
+        sys.exit("latency.py: error: nothing to measure")
+    time_all(found, options.calls, device)
+    rows = to_rows(found, device)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with options.output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"{campaign_report.latency(options.output)}\n\nwrote {options.output}")
+
+
+if __name__ == "__main__":
+    main()
