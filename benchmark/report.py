@@ -161,6 +161,67 @@ def ablation(path: Path) -> str:
     return markdown(table) + "\n\n" + note
 
 
+def offline_steps(key: tuple) -> int:
+    """Where the online phase of an experiment begins; the default is mvp_offline_to_online's."""
+    given = re.search(r"--offline-steps (\d+)", key[-1])
+    return int(given[1]) if given else 1_000_000
+
+
+def success_rates(path: Path) -> str:
+    """Offline-to-online runs: successes at the end of the offline phase, and what is added."""
+    table, found = [], experiments(path)
+    variants, ends, episodes = names(found), [], set()
+    for key, seeds in sorted(found.items(), key=lambda item: variants[item[0]][1]):
+        env_id, own = variants[key]
+        start = offline_steps(key)
+        row = {"task": env_id.split(":")[-1], "variant": f"`{own}`" if own else "the default"}
+        row |= {"seeds": len(seeds)}
+        for mode, title in ("best_of_n", "best of N"), ("one_step", "one step"):
+            offline, online, final = [], [], []
+            for run in seeds.values():
+                rates = {int(r["global_step"]): r["success_rate"] for r in run if r["mode"] == mode}
+                rates = {step: 100 * float(rate) for step, rate in rates.items()}
+                offline.append(rates[start])
+                online.append([rate for step, rate in rates.items() if step > start])
+                final.append(online[-1][-1])
+            row[f"{title}, after offline"] = across_seeds(offline)
+            if mode == "best_of_n":
+                row["mean while online"] = across_seeds([statistics.fmean(r) for r in online])
+            row[f"{title}, at the end"] = across_seeds(final)
+            if mode == "best_of_n":
+                rise = [late - early for early, late in zip(offline, final, strict=True)]
+                row["rise"] = across_seeds(rise)
+        table.append(row)
+        ends += [last(run) for run in seeds.values()]
+        episodes |= {len(row["returns"].split()) for run in seeds.values() for row in run}
+    shared = set.intersection(*(set(re.split(r" (?=--)", key[-1])) for key in found))
+    steps = joined_numbers({int(end["global_step"]) for end in ends})
+    note = (
+        f"Success rates in per cent of {joined_numbers(episodes)} episodes, ± Student's 95% "
+        f"interval over seeds; the rise is taken seed by seed. {steps} steps in all, flags of "
+        f"all: `{' '.join(sorted(shared))}`; {hardware(ends)}, commit {commits(ends)}."
+    )
+    return markdown(table) + "\n\n" + note
+
+
+def constraint(path: Path) -> str:
+    """Errors of the mean velocity on the 1-D flow whose mean velocity is known."""
+    rows, table = read(path), []
+    for ivc_coef in sorted({float(row["ivc_coef"]) for row in rows}):
+        own = [row for row in rows if float(row["ivc_coef"]) == ivc_coef]
+        line = {"lambda": f"{ivc_coef:g}", "seeds": len(own)}
+        for key, title in ("boundary_error", "u(z, t, t)"), ("jump_error", "jump u(e, 0, 1)"):
+            values = [float(row[key]) for row in own]
+            line[title] = f"{statistics.fmean(values):.3f} ± {interval(values):.3f}"
+        table.append(line)
+    updates = joined_numbers({int(row["updates"]) for row in rows})
+    note = (
+        f"Root mean square errors after {updates} updates, ± Student's 95% interval over seeds. "
+        "Velocities and actions are of the order of 1."
+    )
+    return markdown(table) + "\n\n" + note
+
+
 def reference_policies(path: Path) -> str:
     table = {}
     for row in read(path):
@@ -467,6 +528,44 @@ def draw_learning_curves(path: Path, output: Path) -> None:
     save(figure, output)
 
 
+def draw_success_rates(path: Path, output: Path) -> None:
+    """Success of best of N against steps, a line per variant, the online phase shaded."""
+    plt = pyplot()
+    found = experiments(path)
+    variants = names(found)
+    figure, panel = plt.subplots(figsize=(5.5, 3), layout="constrained")
+    ends = []
+    colours = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+    for key, colour in zip(sorted(found, key=lambda k: variants[k][1]), colours, strict=False):
+        runs = [
+            {
+                int(row["global_step"]): 100 * float(row["success_rate"])
+                for row in run
+                if row["mode"] == "best_of_n"
+            }
+            for run in found[key].values()
+        ]
+        steps = sorted(set.intersection(*map(set, runs)))
+        mean = [statistics.fmean(run[step] for run in runs) for step in steps]
+        for run in runs if len(runs) > 1 else []:
+            panel.plot(steps, [run[step] for step in steps], color=colour, lw=0.6, alpha=0.4)
+        panel.plot(steps, mean, color=colour, lw=1.8, marker="o", ms=3, clip_on=False)
+        ends.append((mean[-1], variants[key][1] or "the default", colour))
+        panel.axvspan(offline_steps(key), steps[-1], color="0.95", lw=0, zorder=0)
+    heights = spread_out([height for height, _, _ in ends], 7)
+    for height, (_, name, colour) in zip(heights, ends, strict=True):
+        place = {"xycoords": ("axes fraction", "data"), "va": "center"}
+        panel.annotate(name, (1.02, height), color=colour, **place)
+    panel.annotate("online", (offline_steps(key), 97), (4, 0), textcoords="offset points",
+                   va="top", color="0.35")  # fmt: skip
+    panel.set(ylim=(0, 100), ylabel="success rate, %", xlabel="steps, offline then online")
+    panel.set_xlim(0, steps[-1])
+    panel.xaxis.set_major_formatter(thousands)
+    panel.grid(axis="y", color="0.9")
+    panel.set_axisbelow(True)
+    save(figure, output)
+
+
 # ---------------------------------------------------------------------------- main
 
 TABLES = {  # name in the markers: (what writes it, from which CSV)
@@ -478,6 +577,10 @@ TABLES = {  # name in the markers: (what writes it, from which CSV)
     "meanflow-seeds": (last_evaluations, "fpmd_meanflow_online_cpu.csv"),
     "weight-modes": (ablation, "weight_modes_cpu.csv"),
     "weight-modes-utd1": (ablation, "weight_modes_utd1_cpu.csv"),
+    "mvp-cpu": (results, "mvp_online_cpu.csv"),
+    "offline-to-online": (success_rates, "offline_to_online_cpu.csv"),
+    "constraint": (constraint, "constraint.csv"),
+    "compile-cpu": (ablation, "compile_cpu.csv"),
     "reference-policies": (reference_policies, "reference_policies.csv"),
     "published": (published, "published_results.csv"),
     "speed-cpu": (speed, "speed_cpu.csv"),
@@ -497,6 +600,9 @@ DRAWINGS = {  # figure: (what draws it, from which CSV)
         draw_learning_curves,
         "fpmd_meanflow_online_200k_cpu.csv",
     ),
+    "mvp_online_cpu.png": (draw_learning_curves, "mvp_online_cpu.csv"),
+    "offline_to_online_cpu.png": (draw_success_rates, "offline_to_online_cpu.csv"),
+    "compile_cpu.png": (draw_learning_curves, "compile_cpu.csv"),
     **campaign_report.DRAWINGS,
 }
 

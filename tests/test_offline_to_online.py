@@ -290,14 +290,17 @@ def test_the_dataset_is_learnt_from_first(run):
 
 
 def test_evaluation_is_open_loop_and_counts_successes(monkeypatch, tmp_path):
-    agent, args = make_agent(chunk_size=3)
-    agent, args = script.Agent(1, 2, args, CPU), args
-    envs, plans, act = script.make_envs("Counting-v0", 2), [], script.act
-    monkeypatch.setattr(script, "act", lambda *a: plans.append(a[1]) or act(*a))
+    _, args = make_agent(chunk_size=3)
+    agent = script.Agent(1, 2, args, CPU)
+    envs, plans = script.make_envs("Counting-v0", 2), spy(monkeypatch, script, "act")
     for mode, cost in ("one_step", (1, 1)), ("best_of_n", (1, 4)):
         plans.clear()
+        COUNTED.clear()
         result = script.evaluate(agent, envs, args, mode, tmp_path)
-        assert [obs[:, 0].tolist() for obs in plans] == [[0, 0], [3, 3], [6, 6]]
+        assert [inputs[1][:, 0].tolist() for inputs, _ in plans] == [[0, 0], [3, 3], [6, 6]]
+        chunks = [chunk.reshape(2, 3, 2).swapaxes(0, 1).reshape(6, 2) for _, chunk in plans]
+        planned = [tuple(pair) for pair in torch.cat(chunks).tolist()]  # env by env, step by step
+        assert [pair for _, pair in COUNTED] == planned[:14]
         assert result["returns"] == "28.0000 28.0000"
         assert (result["nfe"], result["num_candidates"]) == cost
         assert result["success_rate"] == float(mode == "one_step")
