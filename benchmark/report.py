@@ -412,6 +412,30 @@ def end_to_end(path: Path) -> str:
     return markdown(table) + "\n\n" + note
 
 
+def evaluation_cost(path: Path) -> str:
+    """Seconds of an evaluation, and how many steps of training they equal."""
+    rows, table = read(path), []
+    cases = defaultdict(list)
+    for row in rows:
+        cases[row["script"], row["env_id"], row["num_candidates"], row["utd"]].append(row)
+    for (script, env_id, n, utd), runs in cases.items():
+        step, seconds = (
+            statistics.median(float(run[key]) for run in runs)
+            for key in ("training_ms_per_step", "evaluation_seconds")
+        )
+        line = {"script": f"`{script}`", "environment": env_id, "N, UTD": f"{n}, {utd}"}
+        line |= {"runs": len(runs), "training": f"{digits(step)} ms per step"}
+        line |= {"an evaluation": f"{digits(seconds)} s"}
+        line["of training between two"] = f"{seconds / (25 * step):.0%}"
+        table.append(line)
+    note = (
+        f"An evaluation is {joined(rows, 'episodes')} episodes in each of "
+        f"{joined(rows, 'modes')} modes; between two lie 25,000 steps by default. Medians over "
+        f"training runs that shared the machine; {hardware(rows)}, commit {commits(rows)}."
+    )
+    return markdown(table) + "\n\n" + note
+
+
 def against_authors(path: Path) -> str:
     """Update times beside the authors' code, which was timed by hand in turn with ours."""
     rows, table = read(path), []
@@ -587,6 +611,7 @@ TABLES = {  # name in the markers: (what writes it, from which CSV)
     "speed-acting-cpu": (speed_of_acting, "speed_cpu.csv"),
     "speed-variants-cpu": (speed_of_variants, "speed_cpu.csv"),
     "end-to-end-cpu": (end_to_end, "end_to_end_cpu.csv"),
+    "evaluation-cost-cpu": (evaluation_cost, "evaluation_cost_cpu.csv"),
     "speed-cuda": (speed, "speed_cuda.csv"),
     "speed-acting-cuda": (speed_of_acting, "speed_cuda.csv"),
     "speed-variants-cuda": (speed_of_variants, "speed_cuda.csv"),
