@@ -579,8 +579,11 @@ class View:
 
 
 def gather(jobs: list[Job], output: Path) -> None:
-    """All evaluations so far in one CSV; of runs with a checkpoint, as others may be removed."""
-    run_dirs = [run_dir for job in jobs for run_dir in job.saved()]
+    """All evaluations so far in one CSV; of runs with a checkpoint, as others may be removed.
+
+    A job with several runs is left out: it is refused when it starts.
+    """
+    run_dirs = [run_dir for job in jobs for run_dir in job.saved() if len(job.saved()) == 1]
     run_dirs = [path for path in run_dirs if (path / "evaluations.csv").exists()]
     if runs := collect.gather(run_dirs):
         collect.write(runs, output)

@@ -443,6 +443,16 @@ def test_a_lost_or_torn_done_file(root, launch):
     assert len(attempts(only(jobs(root)))) == 3
 
 
+def test_two_runs_in_one_job_are_not_chosen_between(root, launch):
+    """That job fails, the others and the CSV do not."""
+    assert launch("--seeds", "1", "2").status == 0
+    first = run_dir(jobs(root)[0])
+    shutil.copytree(first, first.with_name(f"{first.name}-copy"))
+    result = launch("--seeds", "1", "2", "--flags=--total-timesteps 120")
+    assert result.status == 1 and "has several runs" in result.err
+    assert evaluations(results(root)) == expected(2, steps=120)
+
+
 def test_exit_status_0_is_not_believed_blindly(root, launch):
     script = root / "fake_online.py"
     script.write_text(
