@@ -10,6 +10,7 @@ import argparse
 import ast
 import csv
 import json
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -80,6 +81,30 @@ def read_run(run_dir: Path) -> list[dict]:
     return [run | row | setting for row in csv.DictReader(complete)]
 
 
+def gather(run_dirs: list[Path]) -> dict[tuple, list[dict]]:
+    """The rows of each run under what tells it from the others, in that order; no two alike."""
+    runs = {}
+    for run_dir in sorted(run_dirs):
+        if rows := read_run(run_dir):
+            key = tuple(rows[0][name] for name in ("algorithm", "env_id", "flags", "seed"))
+            if key in runs:
+                sys.exit(f"collect.py: error: {run_dir} repeats {key}: name only one of the two")
+            runs[key] = rows
+    return {key: runs[key] for key in sorted(runs)}
+
+
+def write(runs: dict[tuple, list[dict]], output: Path) -> None:
+    """One CSV of all rows; whoever reads it meanwhile sees the old file or the new one."""
+    rows = [row for run in runs.values() for row in run]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f"{output.name}.{os.getpid()}.tmp")
+    with unfinished.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    unfinished.replace(output)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -87,22 +112,10 @@ def main() -> None:
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument("--output", type=Path, required=True, help="CSV to write, as a whole")
     args = parser.parse_args()
-    runs = {}
-    for run_dir in sorted(args.run_dirs):
-        if rows := read_run(run_dir):
-            key = tuple(rows[0][name] for name in ("algorithm", "env_id", "flags", "seed"))
-            if key in runs:
-                sys.exit(f"collect.py: error: {run_dir} repeats {key}: name only one of the two")
-            runs[key] = rows
-    rows = [row for key in sorted(runs) for row in runs[key]]
-    if not rows:
+    if not (runs := gather(args.run_dirs)):
         sys.exit("collect.py: error: nothing to write")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with args.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"{len(runs)} runs, {len(rows)} rows in {args.output}")
+    write(runs, args.output)
+    print(f"{len(runs)} runs, {sum(map(len, runs.values()))} rows in {args.output}")
 
 
 if __name__ == "__main__":
