@@ -7,7 +7,7 @@
 The same command again goes on where the last one ended, however that was: finished jobs are
 skipped, the others resume from their checkpoints. A job is one run of one script. It has a folder
 of its own, <runs-dir>/<name>/<job>/, with the script's run directory, log.txt, lock and, once it
-has finished, done.json. The evaluations of all jobs become benchmark/results/<name>.csv.
+has finished, done.json. The evaluations of all jobs become benchmark/results/campaign_<name>.csv.
 
 Exit status: 0 all finished, 1 a job keeps failing, 2 bad input, 130 or 143 stopped by a signal.
 """
@@ -173,7 +173,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers-per-gpu", type=int, help="jobs that share a GPU (default: 0, no assignment)")
     add("--max-restarts", type=int, help="times a job may die before it is given up (default: 3)")
     add("--runs-dir", help="where the job folders are (default: runs)")
-    add("--output", help="CSV of all evaluations (default: benchmark/results/<name>.csv)")
+    add("--output", help="CSV of all evaluations (default: benchmark/results/campaign_<name>.csv)")
     add("--dry-run", action="store_true", default=False, help="print the commands, run nothing")
     typed = vars(parser.parse_args(argv))
     file = read_campaign(typed["campaign"]) if typed["campaign"] else {}
@@ -196,7 +196,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         fail(f"engine {options['engine']!r} is neither local nor ray")
     if options["ray_address"] and options["engine"] != "ray":
         fail("--ray-address wants --engine ray")
-    default = ROOT / "benchmark" / "results" / f"{options['name']}.csv"
+    default = ROOT / "benchmark" / "results" / f"campaign_{options['name']}.csv"
     options["output"] = Path(options.get("output") or default)
     return argparse.Namespace(**options)
 

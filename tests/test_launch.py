@@ -95,7 +95,7 @@ def read(path):
 
 def results(root):
     """The campaign's CSV without its clock."""
-    rows = read(root / "benchmark" / "results" / "try.csv")
+    rows = read(root / "benchmark" / "results" / "campaign_try.csv")
     return [{key: value for key, value in row.items() if key != "wall_time"} for row in rows]
 
 
@@ -155,16 +155,16 @@ def test_a_campaign_and_its_table(root, launch):
     assert "16 done, 0 running, 0 waiting, 0 failed; 100.0% of 1,600 steps" in first.out
     rows = results(root)
     assert len(rows) == 16 * 40
-    assert list(read(root / "benchmark/results/try.csv")[0]) == FIELDS.split()
+    assert list(read(root / "benchmark/results/campaign_try.csv")[0]) == FIELDS.split()
     found = {(r["algorithm"], r["env_id"], r["seed"], r["flags"], r["utd"]) for r in rows}
     assert len(found) == 16 and ("other_online", "Ant-v4", "2", "--utd 0.5", "0.5") in found
     for seed in 1, 2:
         of_seed = [r for r in rows if r["seed"] == str(seed)]
         assert evaluations(of_seed) == 8 * expected(seed)
-    text = (root / "benchmark/results/try.csv").read_bytes()
+    text = (root / "benchmark/results/campaign_try.csv").read_bytes()
     again = launch(*command)
     assert again.status == 0 and "done." not in again.out
-    assert (root / "benchmark/results/try.csv").read_bytes() == text
+    assert (root / "benchmark/results/campaign_try.csv").read_bytes() == text
     assert [len(attempts(job)) for job in jobs(root)] == [1] * 16
     assert not list(root.glob("benchmark/results/*.tmp"))
 
@@ -433,12 +433,12 @@ def test_two_launchers_share_the_jobs(root, launch):
 def test_a_lost_or_torn_done_file(root, launch):
     """Without it the run is resumed and found complete; nothing is done twice."""
     assert launch().status == 0
-    text = (root / "benchmark/results/try.csv").read_bytes()
+    text = (root / "benchmark/results/campaign_try.csv").read_bytes()
     done = only(jobs(root)) / "done.json"
     for content in "", '{"run_dir": "gone", "total_timesteps": 100}':
         done.write_text(content)
         assert launch().status == 0
-        assert (root / "benchmark/results/try.csv").read_bytes() == text
+        assert (root / "benchmark/results/campaign_try.csv").read_bytes() == text
         assert json.loads(done.read_text())["global_step"] == 100
     assert len(attempts(only(jobs(root)))) == 3
 
