@@ -214,7 +214,7 @@ def test_a_campaign_file_and_what_overrides_it(root, launch):
     assert "50 --utd 0.2 --utd 0.3 --num-envs 2 --torch" in changed.out.splitlines()[0]
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
 def test_campaigns_of_the_repository(name, tmp_path):
     """Every script takes its flags, and nothing is missing from the grid."""
     campaign = tomllib.loads((ROOT / f"benchmark/campaigns/{name}.toml").read_text())
