@@ -78,9 +78,7 @@ class Args:
     learning_starts: int = 30_000  # environment steps with random actions before learning
     utd: float = 0.2  # gradient updates per environment step
     reward_scale: float = 0.2  # rewards are multiplied by this
-    tanh_correction: bool = (
-        True  # log pi of a = tanh(u); without, of u, as in the FPMD authors' SAC
-    )
+    tanh_correction: bool = True  # log pi is the action's; without, that of u, as FPMD's authors do
     log_std_range: tuple[float, float] = (-20.0, 0.5)  # log std is clipped to this
     critic_lr: float = 3e-4  # Adam step size of the critics
     critic_steps: int = 2  # Adam steps on each critic gradient, as in FPMD; SAC's own is 1
@@ -425,12 +423,10 @@ def accelerate(agent, args: Args, device: torch.device) -> None:
 
 @torch.no_grad()
 def for_one_step(policy: GaussianPolicy) -> GaussianPolicy:
-    """A copy that gives the mean whatever the noise, somewhat faster: no log std is computed."""
+    """A copy that gives the mean whatever the noise, faster: of the log std nothing is computed."""
     folded = copy.deepcopy(policy)
-    *layers, last = folded.net
-    last.weight, last.bias = (nn.Parameter(p[: policy.act_dim]) for p in (last.weight, last.bias))
-    plain = nn.Sequential(*layers, last)
-    folded.forward = lambda obs, e: (plain(obs), None)
+    plain = nn.Sequential(*folded.net)
+    folded.forward = lambda obs, e: (plain(obs)[:, : policy.act_dim], None)
     return folded
 
 
