@@ -326,11 +326,11 @@ def make_env(env_id: str, index: int = 0, film: bool = False) -> gym.Env:
     # papers report the outdated v4; float32 is what the networks want, infinite bounds included
     warnings.filterwarnings("ignore", ".*(is out of date|precision lowered|overflow encountered).*")
     mujoco = metadata.version("mujoco")
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "disable")  # else dm_control warns: there is no screen
     if env_id.startswith("dm_control/"):
         if int(mujoco.split(".")[0]) >= 4:
             fail(f"{env_id} needs mujoco below 4, not {mujoco}: pip install 'mujoco>=3.17,<4'")
-        if sys.platform == "linux" and "DISPLAY" not in os.environ:
-            os.environ.setdefault("MUJOCO_GL", "disable")  # else it warns that there is no screen
         import shimmy  # noqa: F401  registers the ids, in every worker process too
     try:
         env = gym.make(env_id, **({"render_mode": "rgb_array"} if film else {}))
@@ -413,8 +413,8 @@ def accelerate(agent, args: Args, device: torch.device) -> None:
     except Exception as error:  # no C++ compiler or Triton; torch has many ways to say so
         print(f"going on without --compile: {str(error).splitlines()[0]}", file=sys.stderr)
         return
-    # one layer's activations then fill a megabyte per thread, a usual cache
-    rows = torch.get_num_threads() * 2**20 // (2 if args.precision == "bfloat16" else 4)
+    # one layer's float32 activations then fill a megabyte per thread, a usual cache
+    rows = torch.get_num_threads() * 2**20 // 4
     for network, dim in (agent.policy, 0), (agent.critic, 1), (agent.target_critic, 1):
         compiled = torch.compile(network.forward, dynamic=False)
         network.forward = in_blocks(compiled, dim, rows // args.hidden_dim)
@@ -499,13 +499,13 @@ def load_dataset(args: Args) -> list[np.ndarray]:
 
 
 def evaluate(agent: Agent, envs, args: Args, mode: str, film: Path, stop=()) -> dict:
-    """One episode per env, side by side: a row for evaluations.csv; films one_step's first env."""
+    """One episode per env, side by side: a row for evaluations.csv; films the first mode."""
     rng = Generator(agent.device).manual_seed(args.seed)  # all evaluations start alike
     obs, _ = envs.reset(seed=[2 * args.seed + 1] * envs.num_envs)  # training has the even seeds
     running, frames, plan = np.full(envs.num_envs, True), [], []
     returns, success = np.zeros(envs.num_envs), np.full(envs.num_envs, np.nan)
     while running.any() and not stop:
-        if args.capture_video and mode == "one_step" and running[0]:
+        if args.capture_video and mode == next(iter(agent.modes)) and running[0]:
             frames.append(envs.envs[0].render())
         if not plan:  # of all episodes together, as they began together
             chunks = act(agent, torch.as_tensor(obs, device=rng.device), args, rng, mode)
@@ -532,7 +532,7 @@ class RunLogger:
         self.run_dir = run_dir or self.create(args, device)
         (self.run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         for path in self.run_dir.glob("*.csv"):  # what a resumed run repeats must not stand twice
-            head, *rows = path.read_text().splitlines(keepends=True)
+            head, *rows = path.read_text().splitlines(keepends=True) or [""]
             rows = [r for r in rows if r[-1] == "\n" and int(r.split(",")[0]) <= global_step]
             path.write_text("".join([head, *rows]))
         if args.track:
@@ -655,14 +655,14 @@ def replay(args: Args, agent: Agent, envs) -> None:
     if args.env_id != saved["args"]["env_id"]:
         fail(f"{file} was trained on {saved['args']['env_id']}, not on {args.env_id}")
     agent.target_policy.load_state_dict(saved["policy"])
-    agent.target_policy = for_one_step(agent.target_policy)
-    result = evaluate(agent, envs, args, "one_step", file.parent / "videos" / "evaluate")
+    agent.target_policy, mode = for_one_step(agent.target_policy), next(iter(agent.modes))
+    result = evaluate(agent, envs, args, mode, file.parent / "videos" / "evaluate")
     for episode, value in enumerate(result["returns"].split()):
         print(f"episode {episode}: return {value}")
     print("success rate {success_rate:.2f}".format(**result))
     obs = torch.zeros(1, *envs.single_observation_space.shape, device=agent.device)
     rng = Generator(obs.device)
-    ms = min(timeit.repeat(lambda: act(agent, obs, args, rng, "one_step").cpu(), number=100)) * 10
+    ms = min(timeit.repeat(lambda: act(agent, obs, args, rng, mode).cpu(), number=100)) * 10
     print("return {return_mean:.2f} +- {return_std:.2f}".format(**result), f"{ms:.3f} ms/chunk")
 
 

@@ -12,9 +12,17 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).parent.parent
+FILES = [*ROOT.glob("*_online.py"), *ROOT.glob("baselines/*_online.py")]
+FILES = {path.stem: path for path in sorted(FILES)}  # every script
 OFFLINE = "mvp_offline_to_online"  # starts from a dataset; its own tests are in a file of its own
-SCRIPTS = sorted({path.stem for path in ROOT.glob("*_online.py")} - {OFFLINE})
-FPMD = [name for name in SCRIPTS if name.startswith("fpmd")]
+SCRIPTS = [name for name in FILES if name != OFFLINE]
+FLOWS = [name for name in SCRIPTS if FILES[name].parent == ROOT]
+FPMD = [name for name in FLOWS if name.startswith("fpmd")]
+CANDIDATES = [*FLOWS, "dpmd_online"]  # they generate N and take the best
+MIRROR = [*FPMD, "dpmd_online"]  # policy mirror descent, whatever the policy
+MODES_OF = {name: ["one_step", "best_of_n"] for name in FLOWS}  # of evaluation, deployed first
+MODES_OF["dpmd_online"] = ["one_candidate", "one_step", "best_of_n"]
+MODES_OF["sac_online"] = ["one_step", "sampled"]
 MODES = torch.tensor([[0.5, 0.5], [0.5, -0.5], [-0.5, 0.5], [-0.5, -0.5]])  # a toy's four points
 SMALL = {
     "total_timesteps": 400,
@@ -33,6 +41,11 @@ SMALL = {
 }
 
 
+def known(script, settings):
+    """Those of the settings that the script has: SAC has no candidates and no steps."""
+    return {key: value for key, value in settings.items() if hasattr(script.Args, key)}
+
+
 def as_flags(settings):
     """The command line for Args(**settings)."""
     flags = []
@@ -44,6 +57,7 @@ def as_flags(settings):
 
 
 fpmd_only = pytest.mark.parametrize("script", FPMD, indirect=True)
+flows_only = pytest.mark.parametrize("script", FLOWS, indirect=True)
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
 
 
@@ -63,7 +77,7 @@ def run(script, tmp_path, monkeypatch):
     """run(env_id=..., ...) trains at SMALL size in an empty folder; returns the run directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
-    return lambda **changes: script.main(script.Args(**(SMALL | changes)))
+    return lambda **changes: script.main(script.Args(**(known(script, SMALL) | changes)))
 
 
 def load(run_dir: Path, name: str = "checkpoint.pt") -> dict:

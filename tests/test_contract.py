@@ -1,6 +1,7 @@
 """What users rely on: the command line, refusals, files, a script that stands alone."""
 
 import ast
+import importlib
 import json
 import re
 import shlex
@@ -9,14 +10,25 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from importlib import metadata
+from pathlib import Path
 
 import gymnasium as gym
 import pytest
 import torch
-from conftest import FPMD, OFFLINE, ROOT, SCRIPTS, SMALL, as_flags, load
+from conftest import (
+    CANDIDATES,
+    FILES,
+    MIRROR,
+    OFFLINE,
+    ROOT,
+    SCRIPTS,
+    SMALL,
+    as_flags,
+    known,
+    load,
+)
 
-ALL = [*SCRIPTS, OFFLINE]
-TREES = {name: ast.parse((ROOT / f"{name}.py").read_text()) for name in ALL}
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 SHARED = ["fail", "SeededEpisodes", "make_env", "make_envs", "choose_opengl", "ReplayBuffer"]
 SHARED += [
     "in_blocks",
@@ -30,7 +42,10 @@ SHARED += [
     "parse_args",
 ]
 CHUNKS = {"SeededEpisodes", "ReplayBuffer", "evaluate"}  # differ where actions come in chunks
-FLAGS = as_flags(SMALL)
+
+
+def small_flags(script):
+    return as_flags(known(script, SMALL))
 
 
 def python(*command, **options):
@@ -39,44 +54,45 @@ def python(*command, **options):
     )
 
 
-def commands():
+def commands(scripts):
     """Every `python <script>.py ...` in the README and the docs, continuation lines joined."""
     for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]:
         for block in re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 for part in line.split("&&"):
-                    if re.match(rf"\s*python ({'|'.join(SCRIPTS)})\.py", part):
+                    if re.match(rf"\s*python (baselines/)?({'|'.join(scripts)})\.py", part):
                         yield pytest.param(shlex.split(part, comments=True), id=part.strip())
 
 
 # ------------------------------------------------------------------ the command line
 
 
-@pytest.mark.parametrize("script", ALL, indirect=True)
+@pytest.mark.parametrize("script", FILES, indirect=True)
 def test_help_is_clean(script):
     """Every field is explained, and nothing is printed to stderr."""
-    result = python(ROOT / f"{script.__name__}.py", "--help")
+    result = python(FILES[script.__name__], "--help")
     assert result.returncode == 0 and result.stderr == ""
     for field in fields(script.Args):
         assert f"--{field.name.replace('_', '-')}" in result.stdout
 
 
-@pytest.mark.parametrize("script", ALL, indirect=True)
+@pytest.mark.parametrize("script", FILES, indirect=True)
 def test_every_argument_is_used_and_explained(script):
-    source = (ROOT / f"{script.__name__}.py").read_text()
+    source = FILES[script.__name__].read_text()
     body = source.split("class Args:")[1]
     for field in fields(script.Args):
         assert re.search(rf"^    {field.name}: .*  # \w", body, re.MULTILINE), field.name
         assert re.search(rf"\bargs\.{field.name}\b", body), f"{field.name} is never used"
 
 
-@pytest.mark.parametrize("command", list(commands()))
+@pytest.mark.parametrize("command", list(commands(SCRIPTS)))
 def test_documented_commands_work(command, tmp_path, monkeypatch):
     """They parse as written; training runs at a small size, replays find the run just made."""
-    script = __import__(command[1].removesuffix(".py"))
+    script = __import__(Path(command[1]).stem)
+    assert FILES[script.__name__] == ROOT / command[1]
     monkeypatch.chdir(tmp_path)
     if "--resume" in command or "--evaluate" in command:
-        run_dir = script.main(script.Args(**(SMALL | {"env_id": "Hopper-v4"})))
+        run_dir = script.main(script.Args(**(known(script, SMALL) | {"env_id": "Hopper-v4"})))
         for flag, name in ("--resume", ""), ("--evaluate", "policy.pt"):
             if flag in command:
                 command[command.index(flag) + 1] = str(run_dir / name)
@@ -84,8 +100,16 @@ def test_documented_commands_work(command, tmp_path, monkeypatch):
         small += ["--no-capture-video"]
     else:
         script.parse_args(command[2:])
-        small = FLAGS
+        small = small_flags(script)
     script.main(script.parse_args([*command[2:], *small]))
+
+
+@pytest.mark.parametrize("command", list(commands([OFFLINE])))
+def test_documented_offline_commands_parse(command):
+    """They are run in test_offline_to_online.py, on data that needs no download."""
+    script = importlib.import_module(OFFLINE)
+    args = script.parse_args([] if "--evaluate" in command else command[2:])
+    assert script.check_args(args).type == "cpu" and args.env_id.startswith("ogbench:")
 
 
 @pytest.mark.parametrize(
@@ -109,8 +133,6 @@ def test_documented_commands_work(command, tmp_path, monkeypatch):
         ("--num-envs -1", "--num-envs -1 must be above 0"),
         ("--eval-episodes 0", "--eval-episodes 0 must be"),
         ("--eval-every -1", "--eval-every -1 must be 0 or more"),
-        ("--num-candidates 0", "--num-candidates 0"),
-        ("--flow-steps 0", "--flow-steps 0"),
         (
             "--batch-size 200",
             "--batch-size 200 must be above 0 and at most --learning-starts",
@@ -123,7 +145,6 @@ def test_documented_commands_work(command, tmp_path, monkeypatch):
         ("--tau nan", "--tau nan must be"),
         ("--reward-scale inf", "--reward-scale inf must be"),
         ("--critic-lr -0.1", "--critic-lr -0.1"),
-        ("--noise-scale -1", "--noise-scale -1.0 must be 0 or more"),
         ("--utd 0", "--utd 0.0 must be above 0"),
         ("--utd 0.001", "gives no update"),
         ("--device cuda:7", "--device cuda:7"),
@@ -138,14 +159,23 @@ def test_bad_input_is_refused(script, tmp_path, monkeypatch, capsys, flags, mess
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [
-        *[(name, "--policy-lr -1 1", "--policy-lr -1.0 must be above 0") for name in FPMD],
-        *[(name, "--policy-lr 1e-3 0", "--policy-lr 0.0 must be above 0") for name in FPMD],
-        *[(name, "--temperature 0", "--temperature 0.0") for name in FPMD],
+        *[(name, "--num-candidates 0", "--num-candidates 0") for name in CANDIDATES],
+        *[(name, "--flow-steps 0", "--flow-steps 0") for name in CANDIDATES],
+        *[(name, "--noise-scale -1", "--noise-scale -1.0 must be 0 or") for name in CANDIDATES],
+        *[(name, "--policy-lr -1 1", "--policy-lr -1.0 must be above 0") for name in MIRROR],
+        *[(name, "--policy-lr 1e-3 0", "--policy-lr 0.0 must be above 0") for name in MIRROR],
+        *[(name, "--temperature 0", "--temperature 0.0") for name in MIRROR],
         ("mvp_online", "--policy-lr 0", "--policy-lr 0.0 must be above 0 and finite"),
         ("mvp_online", "--ivc-coef -1", "--ivc-coef -1.0 must be 0 or more and finite"),
         ("mvp_online", "--ivc-coef nan", "--ivc-coef nan must be 0 or more"),
         ("mvp_online", "--hidden-layers 0", "--hidden-layers 0 must be above 0"),
         ("mvp_online", "--prior-std 0", "--prior-std 0.0 must be above 0"),
+        ("sac_online", "--policy-lr 0", "--policy-lr 0.0 must be above 0 and finite"),
+        ("sac_online", "--alpha-init 0", "--alpha-init 0.0 must be above 0"),
+        ("sac_online", "--hidden-layers 0", "--hidden-layers 0 must be above 0"),
+        ("sac_online", "--log-std-range 1 -1", "--log-std-range 1.0 -1.0 must be finite and rise"),
+        ("sac_online", "--log-std-range -inf 1", "--log-std-range -inf 1.0 must be finite"),
+        ("sac_online", "--log-std-range -5 nan", "--log-std-range -5.0 nan must be finite"),
     ],
     indirect=["script"],
 )
@@ -175,7 +205,7 @@ def assert_refused(script, tmp_path, monkeypatch, capsys, flags, message):
     torch.save({"weights": torch.zeros(1)}, tmp_path / "foreign.pt")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stopped:
-        script.main(script.parse_args([*FLAGS, *flags.split()]))
+        script.main(script.parse_args([*small_flags(script), *flags.split()]))
     stderr = capsys.readouterr().err
     assert stopped.value.code == 2 and sorted(tmp_path.rglob("*")) == before
     assert stderr.startswith(f"{script.__name__}.py: error: ") and message in stderr
@@ -197,7 +227,7 @@ def test_video_without_opengl_is_refused(script, monkeypatch, capsys, tmp_path):
     failed = subprocess.CompletedProcess([], 1)
     monkeypatch.setattr(script.subprocess, "run", lambda *args, **options: failed)
     with pytest.raises(SystemExit) as stopped:
-        script.main(script.Args(**SMALL, capture_video=True))
+        script.main(script.Args(**known(script, SMALL), capture_video=True))
     assert stopped.value.code == 2 and "apt-get install libegl1" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -275,7 +305,7 @@ def test_replay_prints_returns_and_latency(script, run, capsys):
 
 
 def test_replay_equals_the_last_evaluation(script, run, capsys):
-    """The same policy, episodes and noise as the one_step row of the run."""
+    """The same policy, episodes and noise as the run's row of the deployed mode, the first."""
     run_dir = run(env_id="Hopper-v4", eval_every=400, eval_episodes=3)
     row = (run_dir / "evaluations.csv").read_text().splitlines()[1]
     script.main(script.parse_args(["--evaluate", str(run_dir)]))
@@ -318,9 +348,7 @@ def test_video_of_a_replay(script, run, backend):
         pytest.skip(f"no {backend} here: {probe.stderr.strip().splitlines()[-1]}")
     run_dir = run(env_id="Hopper-v4", total_timesteps=150)
     flags = ["--evaluate", run_dir, "--eval-episodes=1", "--capture-video"]
-    result = python(
-        ROOT / f"{script.__name__}.py", *flags, env={"MUJOCO_GL": backend, "HOME": "/tmp"}
-    )
+    result = python(FILES[script.__name__], *flags, env={"MUJOCO_GL": backend, "HOME": "/tmp"})
     assert result.returncode == 0, result.stderr
     import imageio.v3 as iio
 
@@ -334,14 +362,14 @@ def test_video_of_a_replay(script, run, backend):
 
 
 def blocks(name):
-    source = (ROOT / f"{name}.py").read_text()
+    source = FILES[name].read_text()
     nodes = [node for node in TREES[name].body if hasattr(node, "name")]
     return {node.name: ast.get_source_segment(source, node) for node in nodes}
 
 
 @pytest.mark.parametrize("block", SHARED)
 def test_shared_blocks_are_the_same_text(block):
-    names = SCRIPTS if block in CHUNKS else ALL
+    names = SCRIPTS if block in CHUNKS else FILES
     assert len({blocks(name)[block] for name in names}) == 1
 
 
@@ -352,15 +380,15 @@ def test_mvp_is_the_same_method_with_and_without_a_dataset():
         assert blocks("mvp_online")[name] == blocks(OFFLINE)[name]
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", FILES)
 def test_a_script_can_be_read_in_one_sitting(name):
     """At most 800 lines of 100 columns, 70 of them for speed; the method within the first 350."""
-    lines = (ROOT / f"{name}.py").read_text().splitlines()
+    lines = FILES[name].read_text().splitlines()
     (plumbing,) = [i for i, line in enumerate(lines) if re.match("# -+ plumbing", line)]
     assert len(lines) <= 800 and plumbing <= 350 and max(map(len, lines)) <= 100
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", FILES)
 def test_a_script_imports_only_what_requirements_install(name):
     modules = set()
     for node in ast.walk(TREES[name]):
@@ -377,8 +405,8 @@ def test_a_script_imports_only_what_requirements_install(name):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_runs_alone(name, tmp_path):
     """Copied into an empty folder, without the repository."""
-    shutil.copy(ROOT / f"{name}.py", tmp_path)
-    flags = [*FLAGS, "--env-id=HalfCheetah-v4", "--total-timesteps=150"]
+    shutil.copy(FILES[name], tmp_path)
+    flags = [*small_flags(__import__(name)), "--env-id=HalfCheetah-v4", "--total-timesteps=150"]
     result = python(f"{name}.py", *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     (run_dir,) = tmp_path.glob("runs/*")

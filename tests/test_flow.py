@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import OneStep, fpmd_only, numpy_mlp, numpy_time_embedding, randomise, rng
+from conftest import OneStep, flows_only, fpmd_only, numpy_mlp, numpy_time_embedding, randomise, rng
 from torch import nn
 
 import fpmd_online as fpmd
@@ -265,6 +265,7 @@ def test_one_step_is_one_evaluation_at_noise():
 # ---------------------------------------------------------------------------- acting
 
 
+@flows_only
 def test_propose_counts_steps_and_noises_every_candidate(script):
     """N candidates by T evaluations each; exploration noise is independent per candidate."""
     args = script.Args(num_candidates=5, flow_steps=3, prior_std=0.2)  # all stay inside the box
@@ -278,6 +279,7 @@ def test_propose_counts_steps_and_noises_every_candidate(script):
     assert (correlations - torch.eye(10)).abs().max() < 0.08  # five std of 4,000 draws
 
 
+@flows_only
 @pytest.mark.parametrize("mode", ["explore", "best_of_n", "one_step"])
 @pytest.mark.parametrize("prior_std", [0.1, 0.25])
 def test_prior_std_scales_the_noise(script, prior_std, mode):

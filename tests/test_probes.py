@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FPMD, fpmd_only, load
+from conftest import MIRROR, MODES_OF, fpmd_only, known, load
 
 LEARN = {
     "total_timesteps": 2200,
@@ -17,18 +17,26 @@ LEARN = {
     "gamma": 0.9,
     "reward_scale": 0.2,
 }
-OWN = {name: {"policy_lr": (1e-3, 1e-3), "alpha_interval": 20} for name in FPMD}
+OWN = {name: {"policy_lr": (1e-3, 1e-3), "alpha_interval": 20} for name in MIRROR}
 OWN["mvp_online"] = {"policy_lr": 1e-3, "hidden_layers": 2}
-CRITIC_ALONE = {"num_candidates": 1, "flow_steps": 1}  # where no action matters
+OWN["sac_online"] = {"policy_lr": 1e-3, "hidden_layers": 2, "alpha_init": 0.1}
 
 
 def trained(script, run, name, **changes):
-    settings = LEARN | OWN[script.__name__] | changes
-    settings["flow_steps"] = min(settings["flow_steps"], script.Args().flow_steps)
+    settings = known(script, LEARN | OWN[script.__name__] | changes)
+    if "flow_steps" in settings:
+        settings["flow_steps"] = min(settings["flow_steps"], script.Args().flow_steps)
     run_dir = run(env_id=f"probe_envs:{name}-v0", **settings)
     agent = script.Agent(1, 1, script.Args(**settings), torch.device("cpu"))
     agent.load_state_dict(load(run_dir)["agent"])
     return agent
+
+
+def critic_alone(script):
+    """Settings for where no action matters: nothing to choose, no bonus for entropy."""
+    if script.__name__ == "sac_online":
+        return {"alpha_init": 1e-4}
+    return {"num_candidates": 1, "flow_steps": 1}
 
 
 def q_values(agent, obs):
@@ -38,26 +46,26 @@ def q_values(agent, obs):
         return agent.critic(torch.full((21, 1), float(obs)), actions)
 
 
-def one_step_actions(script, agent, obs):
+def deployed_actions(script, agent, obs):
     rng = torch.Generator().manual_seed(0)
     obs = torch.full((256, 1), float(obs))
-    return script.act(agent, obs, script.Args(), rng, "one_step")
+    return script.act(agent, obs, script.Args(), rng, MODES_OF[script.__name__][0])
 
 
 def test_constant_reward(script, run):
-    agent = trained(script, run, "Constant", **CRITIC_ALONE)
+    agent = trained(script, run, "Constant", **critic_alone(script))
     assert q_values(agent, 0) == pytest.approx(0.2, abs=0.02)
 
 
 def test_reward_depends_on_observation(script, run):
-    agent = trained(script, run, "Observed", **CRITIC_ALONE)
+    agent = trained(script, run, "Observed", **critic_alone(script))
     assert q_values(agent, 1) == pytest.approx(0.2, abs=0.04)
     assert q_values(agent, -1) == pytest.approx(-0.2, abs=0.04)
 
 
 def test_reward_comes_later(script, run):
     """Bootstrapping: the first step is worth gamma times the second."""
-    agent = trained(script, run, "Delayed", **CRITIC_ALONE)
+    agent = trained(script, run, "Delayed", **critic_alone(script))
     assert q_values(agent, 1) == pytest.approx(0.2, abs=0.02)
     q = q_values(agent, 0)
     if script.__name__ == "mvp_online":  # its Q has bumps over the actions: the mean is judged
@@ -70,7 +78,7 @@ def test_time_limit_is_no_termination(script, run):
 
     Treated as termination, the mean value over the 8 steps would be below 0.2 * 8 = 1.6.
     """
-    agent = trained(script, run, "Endless", total_timesteps=4200, **CRITIC_ALONE)
+    agent = trained(script, run, "Endless", total_timesteps=4200, **critic_alone(script))
     assert q_values(agent, 0) == pytest.approx(0.2 / (1 - 0.9), abs=0.15)
 
 
@@ -88,10 +96,24 @@ def test_reward_depends_on_action_for_mvp(script, run, ivc_coef):
     assert_finds_the_optimum(script, run, ivc_coef=ivc_coef)
 
 
+@pytest.mark.parametrize("script", ["dpmd_online"], indirect=True)
+@pytest.mark.parametrize("beta_schedule", ["cosine", "linear"])
+def test_reward_depends_on_action_for_dpmd(script, run, beta_schedule):
+    """One candidate, denoised in all steps, by either schedule."""
+    assert_finds_the_optimum(script, run, beta_schedule=beta_schedule)
+
+
+@pytest.mark.parametrize("script", ["sac_online"], indirect=True)
+@pytest.mark.parametrize("tanh_correction", [True, False])
+def test_reward_depends_on_action_for_sac(script, run, tanh_correction):
+    """The squashed mean, with the entropy of the action and with that before tanh."""
+    assert_finds_the_optimum(script, run, tanh_correction=tanh_correction)
+
+
 def assert_finds_the_optimum(script, run, **changes):
     settings = {"reward_scale": 2.0, "total_timesteps": 3200} | changes
     agent = trained(script, run, "Acted", **settings)
-    actions = one_step_actions(script, agent, 0)
+    actions = deployed_actions(script, agent, 0)
     assert actions.mean().item() == pytest.approx(0.5, abs=0.15)
     assert (actions - 0.5).abs().mean() < 0.2
 
@@ -99,5 +121,5 @@ def assert_finds_the_optimum(script, run, **changes):
 def test_reward_depends_on_both(script, run):
     agent = trained(script, run, "Both", total_timesteps=3200, reward_scale=2.0)
     for obs in (-1, 1):
-        actions = one_step_actions(script, agent, obs)
+        actions = deployed_actions(script, agent, obs)
         assert actions.mean().item() == pytest.approx(0.5 * obs, abs=0.15)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, as_flags, load
+from conftest import FILES, MODES_OF, SMALL, as_flags, known, load
 
 ENVS = ["Ant-v4", "Humanoid-v4", "Walker2d-v5", "dm_control/cheetah-run-v0"]
 
@@ -73,8 +73,8 @@ def test_asynchronous_envs_resume_as_well(script, run):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_run_goes_on(script, run, tmp_path, signum):
     """Exit status 128 + signal, a checkpoint at the step it stopped, and an exact continuation."""
-    flags = as_flags(SMALL | {"env_id": "Hopper-v4", "total_timesteps": 1_000_000})
-    command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *flags]
+    settings = known(script, SMALL) | {"env_id": "Hopper-v4", "total_timesteps": 1_000_000}
+    command = [sys.executable, str(FILES[script.__name__]), *as_flags(settings)]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 60
     while not list(tmp_path.glob("runs/*/metrics.csv")) and time.time() < deadline:
@@ -96,10 +96,10 @@ def test_a_signal_saves_and_the_run_goes_on(script, run, tmp_path, signum):
 def test_a_signal_during_an_evaluation_saves_at_once(script, run, monkeypatch, tmp_path):
     """The evaluation is given up, the step is saved, and training goes on as if not stopped."""
     straight = run(env_id="Hopper-v4", total_timesteps=300)
-    act = script.act
+    act, (*modes, last) = script.act, MODES_OF[script.__name__]
 
     def interrupted(agent, obs, args, rng, mode):
-        if mode == "best_of_n":
+        if mode == last:
             signal.raise_signal(signal.SIGTERM)
         return act(agent, obs, args, rng, mode)
 
@@ -108,7 +108,7 @@ def test_a_signal_during_an_evaluation_saves_at_once(script, run, monkeypatch, t
         run(env_id="Hopper-v4", eval_every=200, eval_episodes=2, seed=1)
     (run_dir,) = set(tmp_path.glob("runs/*")) - {tmp_path / straight}
     assert stopped.value.code == 128 + signal.SIGTERM and load(run_dir)["global_step"] == 200
-    assert [row[2] for row in rows(run_dir, "evaluations")] == ["mode", "one_step"]
+    assert [row[2] for row in rows(run_dir, "evaluations")] == ["mode", *modes]
     args = script.Args(**load(run_dir)["args"])
     script.main(replace(args, resume=str(run_dir), total_timesteps=300))
     assert differences(load(straight)["agent"], load(run_dir)["agent"]) == []

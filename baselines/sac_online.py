@@ -1,0 +1,728 @@
+"""SAC: soft actor-critic, the Gaussian policy that flow policies are compared with.
+
+A network gives the mean and the standard deviation of a Gaussian, squashed into the box by tanh.
+The policy climbs the critics' gradient, and its entropy, which a learnt alpha holds at -act_dim.
+Below, e ~ N(0, I), d is act_dim, and Q' are slow copies. The method comes first.
+
+    sample        u = mean + std e,  a = tanh(u),  log pi = log N(u; mean, std) - sum log(1 - a^2)
+    critic_loss   y = r + gamma (1 - terminated) (min(Q'_1, Q'_2)(s', a') - alpha log pi(a'|s')),
+                  (Q_j(s, a) - y)^2
+    policy_loss   alpha log pi(a|s) - min(Q_1, Q_2)(s, a)  for a new a at s
+    update_alpha  log alpha (H - H_target)  with  H = -E[log pi],  H_target = -d
+
+    python baselines/sac_online.py --env-id Ant-v4
+    python baselines/sac_online.py --evaluate runs/<run>/policy.pt --eval-episodes 10
+
+The defaults match fpmd_online.py's networks, critics and budget; CleanRL's setting:
+
+    python baselines/sac_online.py --num-envs 1 --learning-starts 5000 --utd 1 --reward-scale 1 \
+        --hidden-layers 2 --activation relu --log-std-range -5 2 --critic-lr 1e-3 --critic-steps 1 \
+        --alpha-init 1 --alpha-lr 1e-3
+
+Paper: arXiv:1812.05905; code: CleanRL's sac_continuous_action.py, tianyyiii/flow_policy_iclr.
+"""
+
+import copy
+import difflib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import timeit
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import Generator, Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # --- run: what is trained, for how long, and what is written down ---
+    env_id: str = "Ant-v4"  # gymnasium id, dm_control/<domain>-<task>-v0 or module:EnvId
+    seed: int = 1  # seeds networks, noise, replay sampling, warm-up actions and every episode
+    total_timesteps: int = 1_000_000  # environment steps over all envs, warm-up included
+    num_envs: int = 5  # parallel training environments
+    exp_name: str = Path(__file__).stem  # second part of the run directory's name
+    runs_dir: str = "runs"  # where run directories are created
+    log_every: int = 1_000  # environment steps between rows of metrics.csv
+    eval_every: int = 25_000  # environment steps between evaluations, 0: never
+    eval_episodes: int = 10  # episodes per evaluation, all side by side
+    checkpoint_every: int = 50_000  # environment steps between checkpoints, 0: only at the end
+    capture_video: bool = False  # film the first episode of every one-step evaluation
+    track: bool = False  # mirror the run to Weights & Biases
+    wandb_project_name: str = "one-step-flow-rl"  # project on Weights & Biases
+    wandb_entity: str | None = None  # team on Weights & Biases
+    resume: str | None = None  # checkpoint.pt or a run directory to go on with
+    evaluate: str | None = None  # policy.pt to replay with its mean action, without training
+    # --- algorithm: defaults match FPMD's setting; CleanRL's is the command above ---
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # rate of the slow copies of the critics
+    batch_size: int = 256  # transitions per update, B
+    buffer_size: int = 1_000_000  # transitions the replay buffer holds
+    learning_starts: int = 30_000  # environment steps with random actions before learning
+    utd: float = 0.2  # gradient updates per environment step
+    reward_scale: float = 0.2  # rewards are multiplied by this
+    tanh_correction: bool = True  # log pi is the action's; without, that of u, as FPMD's authors do
+    log_std_range: tuple[float, float] = (-20.0, 0.5)  # log std is clipped to this
+    critic_lr: float = 3e-4  # Adam step size of the critics
+    critic_steps: int = 2  # Adam steps on each critic gradient, as in FPMD; SAC's own is 1
+    policy_lr: float = 3e-4  # Adam step size of the policy
+    alpha_init: float = math.e  # alpha at the start
+    alpha_lr: float = 3e-4  # Adam step size of log alpha
+    target_entropy_scale: float = 1.0  # alpha holds the policy's entropy at -scale * act_dim
+    activation: Literal["mish", "gelu", "relu"] = "mish"  # after every hidden layer
+    hidden_dim: int = 256  # width of the hidden layers of every network
+    hidden_layers: int = 3  # their number
+    # --- speed: how it is computed ---
+    device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, mps
+    compile: bool = True  # compile, and on CUDA capture, an update; the first ones take a minute
+    torch_threads: int = 0  # CPU threads of torch, 0: at most 8; give 1 to side-by-side runs
+    async_envs: bool = False  # one process per environment (pays off for slow simulators)
+
+
+# ---------------------------------------------------------------------------- networks
+class Mish(nn.Module):
+    """x tanh(softplus(x)); compiled, with a single exponential, which is most of what it costs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return nn.functional.mish(x)  # eager: one pass over memory counts for more
+        e = x.clamp(max=20).exp()  # from there on Mish is x to float precision
+        n = e * (e + 2)
+        return x * n / (n + 2)
+
+
+class MLP(nn.Sequential):
+    """Linear layers, activations between; weights N(0, 1 / fan_in) cut at two std, as in haiku."""
+
+    def __init__(self, *sizes: int, activation: str = "mish"):
+        modules, between = [], {"mish": Mish, "gelu": nn.GELU, "relu": nn.ReLU}[activation]
+        for fan_in, fan_out in pairwise(sizes):
+            linear, std = nn.Linear(fan_in, fan_out), fan_in**-0.5
+            nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
+            nn.init.zeros_(linear.bias)
+            modules += [linear, between()]
+        super().__init__(*modules[:-1])  # the last layer is linear alone
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Of cat(inputs, -1), by parts: what all candidates share is multiplied only once."""
+        (first, *layers), linear = self, nn.functional.linear
+        weights = first.weight.split([x.shape[-1] for x in inputs], 1)
+        (x, w), *rest = sorted(zip(inputs, weights, strict=True), key=lambda part: part[0].numel())
+        x = sum((linear(*part) for part in rest), start=linear(x, w, first.bias))
+        for layer in layers:
+            x = layer(x)
+        return x
+
+
+class GaussianPolicy(nn.Module):
+    """Mean and standard deviation of a Gaussian over u; the action is tanh(u)."""
+
+    def __init__(self, obs_dim: int, act_dim: int, args: Args):
+        super().__init__()
+        self.act_dim, self.log_std_range = act_dim, args.log_std_range
+        hidden = [args.hidden_dim] * args.hidden_layers
+        self.net = MLP(obs_dim, *hidden, 2 * act_dim, activation=args.activation)
+
+    def forward(self, obs: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        """obs (B, obs_dim), noise e (B, act_dim) -> u = mean + std e and log std, like e."""
+        mean, log_std = self.net(obs).chunk(2, -1)
+        log_std = log_std.clamp(*self.log_std_range)
+        return mean + log_std.exp() * e, log_std
+
+
+class TwinCritic(nn.Module):
+    """Two independent action values Q_1 and Q_2."""
+
+    def __init__(self, obs_dim: int, act_dim: int, args: Args):
+        super().__init__()
+        sizes = obs_dim + act_dim, *[args.hidden_dim] * args.hidden_layers, 1
+        self.q1, self.q2 = (MLP(*sizes, activation=args.activation) for _ in range(2))
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """obs (B, obs_dim), actions (..., B, act_dim) -> Q (2, ..., B)."""
+        return torch.stack([self.q1(obs, actions), self.q2(obs, actions)]).squeeze(-1)
+
+
+class Agent(nn.Module):
+    """All that learns: networks, the critics' slow copies, log alpha, optimizers."""
+
+    def __init__(self, obs_dim: int, act_dim: int, args: Args, device: torch.device):
+        super().__init__()
+        self.policy = GaussianPolicy(obs_dim, act_dim, args)
+        self.critic = TwinCritic(obs_dim, act_dim, args)
+        self.target_policy = self.policy  # no slow copy: what learns is also what acts
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha_init)))
+        self.to(device)
+        self.device, self.updates = device, 0
+        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+        self.optimizers = {
+            "critic": adam(self.critic.parameters(), args.critic_lr),
+            "policy": adam(self.policy.parameters(), args.policy_lr),
+            "alpha": adam([self.log_alpha], args.alpha_lr),
+        }
+        self.modes = {"one_step": (1, 1), "sampled": (1, 1)}
+        self.act, self.learn, self.policy_loss = act, learn, policy_loss  # accelerate's handles
+
+
+# ---------------------------------------------------------------------------- acting
+def sample(
+    policy: nn.Module, obs: Tensor, e: Tensor, tanh_correction: bool
+) -> tuple[Tensor, Tensor]:
+    """a = tanh(u) and log pi(a|s) = sum log N(e; 0, I) - log std - log(1 - a^2), the last if asked.
+
+    obs (B, obs_dim), noise e (B, act_dim) -> actions (B, act_dim), log_probs (B,).
+    """
+    u, log_std = policy(obs, e)
+    log_prob = -0.5 * e.square() - 0.5 * math.log(2 * math.pi) - log_std
+    if tanh_correction:  # log(1 - tanh(u)^2), which stays finite where tanh(u) rounds to 1
+        log_prob = log_prob - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
+    return u.tanh(), log_prob.sum(-1)
+
+
+@torch.no_grad()
+def act(agent: Agent, obs: Tensor, args: Args, rng: Generator, mode: str) -> Tensor:
+    """Actions of the policy, obs (B, obs_dim) -> (B, act_dim). one_step: tanh(mean), as it is
+    deployed; sampled and explore: tanh(mean + std e).
+    """
+    e = torch.zeros((len(obs), agent.policy.act_dim), device=obs.device)
+    if mode != "one_step":
+        e.normal_(generator=rng)
+    return agent.target_policy(obs, e)[0].tanh()
+
+
+# ---------------------------------------------------------------------------- learning
+def critic_loss(
+    critic: TwinCritic,
+    target_critic: TwinCritic,
+    batch: dict,
+    next_actions: Tensor,
+    bonus: Tensor,
+    args: Args,
+) -> tuple[Tensor, Tensor]:
+    """Clipped double-Q regression: the loss and Q (2, B); only termination stops bootstrapping.
+
+    next_actions (B, act_dim) and their entropy bonus -alpha log pi(a'|s') (B,).
+    """
+    with torch.no_grad():
+        next_q = target_critic(batch["next_obs"], next_actions).amin(0) + bonus  # (B,)
+        y = args.reward_scale * batch["rewards"] + args.gamma * (1 - batch["terminations"]) * next_q
+    q = critic(batch["obs"], batch["actions"])  # (2, B)
+    return (q - y).square().mean(1).sum(), q.detach()
+
+
+def policy_loss(
+    policy: nn.Module, critic: nn.Module, obs: Tensor, e: Tensor, alpha: Tensor, correction: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean of alpha log pi(a|s) - min(Q_1, Q_2)(s, a), a from noise e (B, act_dim), and H.
+
+    The gradient reaches the policy through a, so it is the critics' slope that improves it.
+    """
+    actions, log_probs = sample(policy, obs, e, correction)
+    q = critic(obs, actions).amin(0)  # (B,)
+    return (alpha * log_probs - q).mean(), -log_probs.mean()
+
+
+def update_alpha(agent: Agent, entropy: Tensor, args: Args) -> None:
+    """Adam step on log_alpha (H - H_target): alpha grows as long as the entropy is too low."""
+    agent.log_alpha.grad = entropy + args.target_entropy_scale * agent.policy.act_dim
+    agent.optimizers["alpha"].step()
+
+
+def learn(agent: Agent, batch: dict, args: Args, rng: Generator, key: str) -> dict:
+    """All of an update but its count, so that a CUDA graph, found by key, may stand in for it."""
+    obs, alpha = batch["obs"], agent.log_alpha.detach().exp()
+    shape = (2, len(obs), agent.policy.act_dim)
+    e, next_e = torch.randn(shape, generator=rng, device=obs.device)
+    correction = args.tanh_correction
+    with torch.no_grad():
+        next_actions, log_probs = sample(agent.policy, batch["next_obs"], next_e, correction)
+
+    bonus = -alpha * log_probs
+    loss, q = critic_loss(agent.critic, agent.target_critic, batch, next_actions, bonus, args)
+    agent.optimizers["critic"].zero_grad()
+    loss.backward()
+    for _ in range(args.critic_steps):
+        agent.optimizers["critic"].step()
+    metrics = {"losses/critic_loss": loss.detach(), "losses/q_values": q.mean()}
+
+    loss, entropy = agent.policy_loss(agent.policy, agent.critic, obs, e, alpha, correction)
+    agent.optimizers["policy"].zero_grad()
+    loss.backward(inputs=list(agent.policy.parameters()))  # through the critics, not into them
+    agent.optimizers["policy"].step()
+    update_alpha(agent, entropy.detach(), args)
+    metrics |= {"losses/policy_loss": loss.detach(), "policy/entropy": entropy.detach()}
+
+    slow, fast = agent.target_critic.parameters(), agent.critic.parameters()
+    torch._foreach_lerp_(list(slow), [p.data for p in fast], args.tau)
+    return metrics | {"policy/alpha": alpha}
+
+
+def update(agent: Agent, batch: dict, args: Args, rng: Generator) -> dict[str, Tensor]:
+    """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
+    agent.updates += 1
+    return agent.learn(agent, batch, args, rng, "update")
+
+
+# -------------------------------------------------- plumbing, the same text in every script
+def fail(message: str) -> NoReturn:
+    """Refuse bad input: one line on stderr, exit status 2."""
+    print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class SeededEpisodes(gym.Wrapper):
+    """Seed every episode anew: its seed and actions rebuild it exactly, as no saved state can."""
+
+    def __init__(self, env: gym.Env, index: int):
+        super().__init__(env)
+        self.index, self.episode = index, {"seed": 0, "count": 0, "actions": []}
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        if seed is not None:
+            self.episode |= {"seed": seed, "count": 0}
+        self.episode |= {"count": self.episode["count"] + 1, "actions": []}
+        key = self.episode["seed"], self.index, self.episode["count"]
+        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: np.ndarray):
+        self.episode["actions"].append(action.copy())
+        return self.env.step(action)
+
+    def restore(self, episodes: list[dict]) -> np.ndarray:
+        """Play back this env's entry of episodes (one per env) and return the last observation."""
+        saved = episodes[self.index]
+        self.episode = saved | {"count": saved["count"] - 1}
+        obs, _ = self.reset()
+        for action in saved["actions"].numpy():
+            obs = self.step(action)[0]
+        return obs
+
+
+def make_env(env_id: str, index: int = 0, film: bool = False) -> gym.Env:
+    """Flat float32 observations, actions in [-1, 1]; what cannot be trained on is refused."""
+    # papers report the outdated v4; float32 is what the networks want, infinite bounds included
+    warnings.filterwarnings("ignore", ".*(is out of date|precision lowered|overflow encountered).*")
+    mujoco = metadata.version("mujoco")
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "disable")  # else dm_control warns: there is no screen
+    if env_id.startswith("dm_control/"):
+        if int(mujoco.split(".")[0]) >= 4:
+            fail(f"{env_id} needs mujoco below 4, not {mujoco}: pip install 'mujoco>=3.17,<4'")
+        import shimmy  # noqa: F401  registers the ids, in every worker process too
+    try:
+        env = gym.make(env_id, **({"render_mode": "rgb_array"} if film else {}))
+    except (gym.error.Error, ImportError) as error:
+        near = ", ".join(difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4))
+        fail(f"cannot make {env_id!r} (mujoco {mujoco}): {error} Registered ids near it: {near}")
+    if film and hasattr(env.unwrapped, "mujoco_renderer") and env.unwrapped.model.ncam:
+        env.unwrapped.mujoco_renderer.camera_id = 0  # follow: the default one stays where it is
+    space, actions, Box = env.observation_space, env.action_space, gym.spaces.Box
+    leaves = space.values() if isinstance(space, gym.spaces.Dict) else [space]
+    if not (isinstance(actions, Box) and actions.is_bounded() and actions.shape[1:] == ()):
+        fail(f"{env_id} has actions {actions}; only bounded vectors of numbers (Box) will do")
+    if not all(isinstance(leaf, Box) and leaf.dtype.kind == "f" for leaf in leaves):
+        fail(f"{env_id} has observations {space}; only vectors of numbers will do, images will not")
+    env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
+    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    return SeededEpisodes(gym.wrappers.RecordEpisodeStatistics(env), index)
+
+
+def make_envs(env_id: str, n: int, in_processes: bool = False, film: bool = False):
+    """Vector env whose done step already returns the next episode's first observation."""
+    makers = [partial(make_env, env_id, i, film and i == 0) for i in range(n)]
+    vector = gym.vector.AsyncVectorEnv if in_processes else gym.vector.SyncVectorEnv
+    return vector(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+
+def choose_opengl() -> None:
+    """Find a renderer that needs no screen, before mujoco's import reads MUJOCO_GL for good."""
+    probe = [sys.executable, "-c", "import mujoco; mujoco.GLContext(8, 8).make_current()"]
+    for backend in "egl", "osmesa", "glfw":
+        os.environ["MUJOCO_GL"] = backend
+        if subprocess.run(probe, capture_output=True).returncode == 0:
+            return
+    fail("--capture-video finds no OpenGL: apt-get install libegl1 libegl-mesa0 (or libosmesa6)")
+
+
+# all that makes an update faster, and nothing else, follows; --no-compile does without
+def in_blocks(network: Callable, dim: int, rows: int) -> Callable:
+    """The network, on a CPU fed with pieces of x (N, B, ...) of that many rows or one candidate."""
+
+    def call(obs: Tensor, x: Tensor, *times: Tensor) -> Tensor:
+        if x.ndim == 2 or x.device.type != "cpu":
+            return network(obs, x, *times)
+        pieces = x.split(max(1, rows // x.shape[1]))
+        return torch.cat([network(obs, piece, *times) for piece in pieces], dim)
+
+    return call
+
+
+class Captured:
+    """function(agent, inputs, args, rng, key) as one CUDA graph per key, a single launch.
+
+    It reads and writes the addresses of its recording: inputs are copied there, outputs hold until
+    the next call. The first three calls are not recorded: they compile, choose kernels, allocate.
+    """
+
+    def __init__(self, function: Callable):
+        self.function, self.calls, self.graphs = function, Counter(), {}
+
+    def __call__(self, agent, inputs, args: Args, rng: Generator, key):
+        self.calls[key] += 1
+        if self.calls[key] <= 3:
+            return self.function(agent, inputs, args, rng, key)
+        if key not in self.graphs:
+            graph, static = torch.cuda.CUDAGraph(), copy.deepcopy(inputs)
+            graph.register_generator_state(rng)  # each replay draws on where the last one stopped
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                self.graphs[key] = graph, static, self.function(agent, static, args, rng, key)
+        graph, static, outputs = self.graphs[key]
+        for name in inputs if isinstance(inputs, dict) else [...]:  # tensor[...] is all of it
+            static[name].copy_(inputs[name])
+        graph.replay()
+        return outputs
+
+
+def accelerate(agent, args: Args, device: torch.device) -> None:
+    """--compile: compile what an update calls, capture it on CUDA, or say in a line why not."""
+    try:
+        torch.compile(torch.exp)(torch.ones(1, device=device))
+    except Exception as error:  # no C++ compiler or Triton; torch has many ways to say so
+        print(f"going on without --compile: {str(error).splitlines()[0]}", file=sys.stderr)
+        return
+    # one layer's float32 activations then fill a megabyte per thread, a usual cache
+    rows = torch.get_num_threads() * 2**20 // 4
+    for network, dim in (agent.policy, 0), (agent.critic, 1), (agent.target_critic, 1):
+        compiled = torch.compile(network.forward, dynamic=False)
+        network.forward = in_blocks(compiled, dim, rows // args.hidden_dim)
+    agent.policy_loss = torch.compile(agent.policy_loss, dynamic=False)
+    if device.type == "cuda":
+        agent.act, agent.learn = Captured(agent.act), Captured(agent.learn)
+        torch.cuda.synchronize(device)
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # the default one cannot be captured
+
+
+@torch.no_grad()
+def for_one_step(policy: GaussianPolicy) -> GaussianPolicy:
+    """A copy that gives the mean whatever the noise, faster: of the log std nothing is computed."""
+    folded = copy.deepcopy(policy)
+    plain = nn.Sequential(*folded.net)
+    folded.forward = lambda obs, e: (plain(obs)[:, : policy.act_dim], None)
+    return folded
+
+
+class ReplayBuffer:
+    """Ring buffer of transitions, on the device that learns from it."""
+
+    def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
+        dims = {"obs": (obs_dim,), "actions": (act_dim,), "rewards": (), "next_obs": (obs_dim,)}
+        dims["terminations"] = ()
+        self.data = {k: torch.empty((capacity, *dim), device=device) for k, dim in dims.items()}
+        self.capacity, self.device, self.position, self.size = capacity, device, 0, 0
+
+    def add(self, *transitions: np.ndarray) -> None:
+        """Store one transition per env, arrays (num_envs, ...) in the order of self.data."""
+        n = len(transitions[0])
+        index = (self.position + torch.arange(n, device=self.device)) % self.capacity
+        for stored, new in zip(self.data.values(), transitions, strict=True):
+            stored[index] = torch.as_tensor(new, dtype=torch.float32, device=self.device)
+        self.position = (self.position + n) % self.capacity
+        self.size = min(self.size + n, self.capacity)
+
+    def sample(self, batch_size: int, rng: Generator) -> dict[str, Tensor]:
+        """Uniformly, with replacement: tensors (batch_size, ...)."""
+        index = torch.randint(self.size, (batch_size,), generator=rng, device=self.device)
+        return {key: value[index] for key, value in self.data.items()}
+
+
+def evaluate(agent: Agent, envs, args: Args, mode: str, film: Path, stop=()) -> dict:
+    """One episode per env, side by side: a row for evaluations.csv; films the first mode."""
+    rng = Generator(agent.device).manual_seed(args.seed)  # all evaluations start alike
+    obs, _ = envs.reset(seed=[2 * args.seed + 1] * envs.num_envs)  # training has the even seeds
+    running, frames = np.full(envs.num_envs, True), []
+    returns, success = np.zeros(envs.num_envs), np.full(envs.num_envs, np.nan)
+    while running.any() and not stop:
+        if args.capture_video and mode == next(iter(agent.modes)) and running[0]:
+            frames.append(envs.envs[0].render())
+        actions = act(agent, torch.as_tensor(obs, device=rng.device), args, rng, mode)
+        obs, _, terminations, truncations, infos = envs.step(actions.cpu().numpy())
+        for i in np.flatnonzero((terminations | truncations) & running):
+            final, running[i] = infos["final_info"], False
+            returns[i] = final["episode"]["r"][i]
+            success[i] = final.get("success", final.get("is_success", success))[i]
+    if frames:
+        from gymnasium.utils.save_video import save_video  # slow to import
+
+        dt = getattr(envs.envs[0].unwrapped, "dt", 1 / 30)  # MuJoCo's and dm_control's own clock
+        save_video(frames, film.parent, lambda _: True, name_prefix=film.name, fps=1 / dt)
+    row = {"mode": mode, "nfe": agent.modes[mode][0], "num_candidates": agent.modes[mode][1]}
+    row |= {"return_mean": returns.mean(), "return_std": returns.std()}
+    return row | {"success_rate": success.mean(), "returns": " ".join(f"{x:.4f}" for x in returns)}
+
+
+class RunLogger:
+    """The run directory: its CSV files and TensorBoard events, which wandb mirrors if asked to."""
+
+    def __init__(self, args: Args, device: torch.device, run_dir: Path | None, global_step: int):
+        self.run_dir = run_dir or self.create(args, device)
+        (self.run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        for path in self.run_dir.glob("*.csv"):  # what a resumed run repeats must not stand twice
+            head, *rows = path.read_text().splitlines(keepends=True) or [""]
+            rows = [r for r in rows if r[-1] == "\n" and int(r.split(",")[0]) <= global_step]
+            path.write_text("".join([head, *rows]))
+        if args.track:
+            import wandb
+
+            where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+            where |= {"id": self.run_dir.name, "resume": "allow"}
+            wandb.init(**where, config=asdict(args), sync_tensorboard=True)
+            wandb.save(f"{self.run_dir}/videos/*.mp4", base_path=self.run_dir)
+        self.writer = SummaryWriter(self.run_dir, purge_step=global_step + 1)
+
+    def create(self, args: Args, device: torch.device) -> Path:
+        """Make runs/<env>__<exp>__<seed>__<time>; mkdir fails rather than share one."""
+        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
+        run_dir = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
+        run_dir.mkdir(parents=True)
+        packages = "torch", "gymnasium", "mujoco", "dm-control", "numpy"
+        versions = {"python": sys.version.split()[0]} | {p: metadata.version(p) for p in packages}
+        git, here = "git describe --always --dirty --abbrev=40", Path(__file__).parent
+        run = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True)
+        cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        cpu = [line.split(": ")[1] for line in cpu.splitlines() if line.startswith("model name")]
+        gpu = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
+        versions |= {"commit": run.stdout.strip(), "device": (gpu + cpu + [sys.platform])[0]}
+        versions["threads"] = torch.get_num_threads()
+        (run_dir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+        return run_dir
+
+    def row(self, name: str, values: dict, plotted: dict) -> None:
+        """Append to <name>.csv, columns from the first row, NaN empty; TensorBoard gets plotted."""
+        with (self.run_dir / f"{name}.csv").open("a") as file:
+            if file.tell() == 0:
+                file.write(",".join(values) + "\n")
+            file.write(",".join("" if v != v else str(v) for v in values.values()) + "\n")
+        for key, value in plotted.items():
+            self.writer.add_scalar(key, value, values["global_step"])
+
+
+def save_run(run_dir, args, agent, buffer, envs, rng, progress: dict) -> None:
+    """policy.pt to use the policy, checkpoint.pt to go on training exactly where it stopped."""
+    state = progress | {"args": asdict(replace(args, resume=None))}
+    policy = {"policy": agent.target_policy.state_dict(), "critics": agent.critic.state_dict()}
+    policy |= {key: state[key] for key in ("args", "global_step")}
+    counters = {key: value for key, value in vars(agent).items() if type(value) is int}
+    state |= {"agent": agent.state_dict(), "counters": counters}
+    state["optimizers"] = {key: opt.state_dict() for key, opt in agent.optimizers.items()}
+    state["buffer"] = {key: value[: buffer.size].clone() for key, value in buffer.data.items()}
+    state |= {"position": buffer.position, "rng": rng.get_state(), "device": rng.device.type}
+    episodes = envs.get_attr("episode")
+    state["episodes"] = [e | {"actions": torch.tensor(np.array(e["actions"]))} for e in episodes]
+    for name, content in ("policy.pt", policy), ("checkpoint.pt", state):
+        torch.save(content, run_dir / f"{name}.tmp")
+        os.replace(run_dir / f"{name}.tmp", run_dir / name)  # a crash leaves the old or the new one
+
+
+def load(path: str, name: str) -> tuple[Path, dict]:
+    """Read what save_run wrote, given the file or its run directory; refuse anything else."""
+    file = Path(path) / name if Path(path).is_dir() else Path(path)
+    keys = {"args", "global_step", "episodes" if name == "checkpoint.pt" else "policy"}
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        assert keys <= set(content) and set(content["args"]) == {f.name for f in fields(Args)}
+    except Exception:  # torch raises many kinds for a damaged file
+        fail(f"{file} is missing, damaged or no {name} of this version of {Path(__file__).name}")
+    return file, content
+
+
+def restore_run(saved: dict, agent, buffer, envs, rng) -> np.ndarray:
+    """Undo save_run; returns the observations the envs were at."""
+    agent.load_state_dict(saved["agent"])
+    vars(agent).update(saved["counters"])
+    for key, optimizer in agent.optimizers.items():
+        optimizer.load_state_dict(saved["optimizers"][key])
+    buffer.position, buffer.size = saved["position"], len(saved["buffer"]["rewards"])
+    for key, value in saved["buffer"].items():
+        buffer.data[key][: buffer.size] = value
+    rng.set_state(saved["rng"])
+    return np.stack(envs.call("restore", saved["episodes"]))
+
+
+def check_args(args: Args) -> torch.device:
+    """Refuse values that cannot work; returns the device to run on."""
+    numbers = {k: v for k, v in asdict(args).items() if type(v) in (int, float)}
+    zero_ok = "seed", "eval_every", "checkpoint_every", "torch_threads"
+    limits = dict.fromkeys(("gamma", "tau"), (1, "at most 1"))
+    limits["num_envs"] = args.buffer_size, "at most --buffer-size"
+    limits["batch_size"] = args.learning_starts, "at most --learning-starts"
+    limits["learning_starts"] = args.total_timesteps, "at most --total-timesteps"
+    for key, value in numbers.items():
+        limit, high = limits.get(key, (sys.float_info.max, "finite"))
+        low = "0 or more" if key in zero_ok else "above 0"
+        if not (0 < value <= limit or (value == 0 and key in zero_ok)):
+            fail(f"--{key.replace('_', '-')} {value} must be {low} and {high}")
+    low, high = args.log_std_range
+    if not -math.inf < low < high < math.inf:
+        fail(f"--log-std-range {low} {high} must be finite and rise")
+    if args.utd * (args.total_timesteps - args.learning_starts) < 1:
+        fail(f"--utd {args.utd} gives no update; raise it or --total-timesteps")
+    try:
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(auto if args.device == "auto" else args.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        fail(f"--device {args.device} is not to be had here; --device auto takes what there is")
+    return device
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line; --resume and --evaluate take their defaults from the stored arguments."""
+    args = tyro.cli(Args, args=argv)
+    if path := args.resume or args.evaluate:
+        _, saved = load(path, "checkpoint.pt" if args.resume else "policy.pt")
+        args = tyro.cli(Args, args=argv, default=Args(**saved["args"]))
+    return args
+
+
+# ---------------------------------------------------------------------------- main
+def replay(args: Args, agent: Agent, envs) -> None:
+    """--evaluate: the saved policy as it is deployed, which is its first mode."""
+    file, saved = load(args.evaluate, "policy.pt")
+    if args.env_id != saved["args"]["env_id"]:
+        fail(f"{file} was trained on {saved['args']['env_id']}, not on {args.env_id}")
+    agent.target_policy.load_state_dict(saved["policy"])
+    agent.target_policy, mode = for_one_step(agent.target_policy), next(iter(agent.modes))
+    result = evaluate(agent, envs, args, mode, file.parent / "videos" / "evaluate")
+    for episode, value in enumerate(result["returns"].split()):
+        print(f"episode {episode}: return {value}")
+    obs = torch.zeros(1, *envs.single_observation_space.shape, device=agent.device)
+    rng = Generator(obs.device)
+    ms = min(timeit.repeat(lambda: act(agent, obs, args, rng, mode).cpu(), number=100)) * 10
+    print("return {return_mean:.2f} +- {return_std:.2f}".format(**result), f"{ms:.3f} ms/action")
+
+
+def main(args: Args) -> Path | None:
+    """Train and return the run directory; the loop is act, learn, step, store, log."""
+    file, saved, device = None, None, check_args(args)
+    torch.set_num_threads(args.torch_threads or min(8, torch.get_num_threads()))
+    if args.resume:
+        file, saved = load(args.resume, "checkpoint.pt")
+        may_change = "resume", "total_timesteps", "log_every", "capture_video", "torch_threads"
+        may_change += "track", "wandb_project_name", "wandb_entity"
+        for key, value in saved["args"].items():
+            if value != getattr(args, key) and key not in may_change:
+                fail(f"--{key.replace('_', '-')} cannot change on --resume; it was {value}")
+        if saved["device"] != device.type:
+            fail(f"{file} was written on {saved['device']} and can only go on there")
+    if args.capture_video and not {"DISPLAY", "MUJOCO_GL"} & set(os.environ):
+        choose_opengl()
+    envs = make_envs(args.env_id, args.num_envs, args.async_envs)  # first, because it may fork
+    eval_envs = make_envs(args.env_id, args.eval_episodes, film=args.capture_video)
+    obs_dim, act_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    torch.manual_seed(args.seed)  # the networks' initial weights
+    agent = Agent(obs_dim, act_dim, args, device)
+    if args.evaluate:
+        return replay(args, agent, eval_envs)
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
+    rng = Generator(device).manual_seed(args.seed)  # random actions, noise, replay sampling
+    charts = "charts/episodic_return", "charts/episodic_length", "charts/SPS"
+    if saved:
+        global_step, start, metrics = saved["global_step"], saved["wall_time"], saved["metrics"]
+        obs = restore_run(saved, agent, buffer, envs, rng)
+    else:
+        global_step, start, metrics = 0, 0.0, dict.fromkeys(charts, math.nan)
+        obs, _ = envs.reset(seed=[2 * args.seed] * args.num_envs)
+    logger = RunLogger(args, device, file and file.parent, global_step)
+    run_dir = logger.run_dir
+    print(f"{args.env_id}: {obs_dim} observations, {act_dim} actions; writing to {run_dir}")
+    if args.compile:
+        accelerate(agent, args, device)
+
+    stop, stopping, start = [], False, time.perf_counter() - start
+    for signum in signal.SIGINT, signal.SIGTERM:  # one finishes the step and saves, two kill
+        signal.signal(signum, lambda s, _: sys.exit(128 + s) if stop else stop.append(s))
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=None)
+    while global_step + args.num_envs <= args.total_timesteps and not stopping:
+        # act: uniformly at random at first, then from the policy
+        if global_step < args.learning_starts:
+            actions = 2 * torch.rand((args.num_envs, act_dim), generator=rng, device=device) - 1
+        else:
+            actions = agent.act(agent, torch.as_tensor(obs, device=device), args, rng, "explore")
+        actions = actions.cpu().numpy()
+        global_step += args.num_envs
+
+        # learn, while GPU or processes overlap it with the simulators, from what is stored so far;
+        # the number of updates follows from utd alone, whatever num_envs is
+        if args.async_envs:
+            envs.step_async(actions)
+        while agent.updates < int(args.utd * (global_step - args.learning_starts) + 1e-9):
+            metrics |= update(agent, buffer.sample(args.batch_size, rng), args, rng)
+
+        # step and store: where an episode ended, next_obs already belongs to the one after it
+        step = envs.step_wait() if args.async_envs else envs.step(actions)
+        next_obs, rewards, terminations, truncations, infos = step
+        last_obs = next_obs.copy()
+        for i in np.flatnonzero(terminations | truncations):
+            last_obs[i] = infos["final_obs"][i]
+            for chart, key in zip(charts[:2], "rl", strict=True):
+                metrics[chart] = float(infos["final_info"]["episode"][key][i])
+        buffer.add(obs, actions, rewards, last_obs, terminations)
+        obs = next_obs
+
+        # log, evaluate, save
+        last = global_step + args.num_envs > args.total_timesteps
+        wall_time = round(time.perf_counter() - start, 3)
+        row = {"global_step": global_step, "updates": agent.updates, "wall_time": wall_time}
+        bar.update(args.num_envs)
+        logging = last or global_step % args.log_every < args.num_envs
+        evaluating = args.eval_every and (last or global_step % args.eval_every < args.num_envs)
+        saving = last or stop or global_step % (args.checkpoint_every or math.inf) < args.num_envs
+        if logging or evaluating or saving:  # a diverged run must not replace its last checkpoint
+            metrics = {key: float(value) for key, value in metrics.items()}
+            for key, value in (metrics | agent.state_dict()).items():
+                if key[:6] != "charts" and not torch.as_tensor(value).isfinite().all():
+                    raise SystemExit(f"diverged: {key} is NaN or infinite at step {global_step}")
+        if logging and agent.updates:
+            metrics["charts/SPS"] = round(global_step / wall_time, 1)
+            logger.row("metrics", row | metrics, metrics)
+            bar.set_postfix(episodic_return=metrics[charts[0]])
+        for mode in agent.modes if evaluating else ():
+            result = evaluate(agent, eval_envs, args, mode, run_dir / f"videos/{global_step}", stop)
+            if stop:  # a signal does not wait for the evaluation, which is given up
+                break
+            plotted = {f"eval_{mode}/{key}": result[key] for key in ("return_mean", "return_std")}
+            logger.row("evaluations", row | result, plotted)
+            tqdm.write("step {global_step:,}: {mode} {return_mean:.1f}".format(**row, **result))
+        stopping = bool(stop)  # decided once: a signal from here on waits for the next step
+        if saving or stopping:
+            save_run(run_dir, args, agent, buffer, envs, rng, row | {"metrics": metrics})
+    for resource in bar, logger.writer, envs, eval_envs:
+        resource.close()
+    if stopping:
+        print(f"stopped; go on with --resume {run_dir}", file=sys.stderr)
+        raise SystemExit(128 + stop[0])
+    return run_dir
+
+
+if __name__ == "__main__":
+    main(parse_args())
