@@ -49,6 +49,7 @@ from formatting import (
     references,
     save,
     spread_out,
+    steps_of,
     thousands,
 )
 
@@ -192,7 +193,7 @@ def bracketed(value: float, ends: np.ndarray) -> str:
 
 def protocol_of(row: dict) -> str:
     """Of a published number."""
-    parts = [row["statistic"], f"{int(row['env_steps']):,} steps", f"{row['seeds'] or '?'} seeds"]
+    parts = [row["statistic"], f"{steps_of(row)} steps", f"{row['seeds'] or '?'} seeds"]
     parts += [f"NFE {row['nfe']}"] * bool(row["nfe"])
     return ", ".join(parts)
 

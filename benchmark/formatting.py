@@ -46,6 +46,11 @@ def joined_numbers(numbers: set[int]) -> str:
     return " or ".join(map(str, sorted(numbers)))
 
 
+def steps_of(row: dict) -> str:
+    """Environment steps of a published number, which not every source states."""
+    return f"{int(row['env_steps']):,}" if row["env_steps"] else "?"
+
+
 def commits(rows: list[dict]) -> str:
     """Short hashes; a trailing -dirty stays."""
     short = {re.sub(r"^(\w{7})\w+", r"\1", row["commit"]) for row in rows}

@@ -37,6 +37,7 @@ from formatting import (
     references,
     save,
     spread_out,
+    steps_of,
     thousands,
 )
 
@@ -240,7 +241,7 @@ def published(path: Path) -> str:
         spread = f" ± {number(float(row['return_std']))}" if row["return_std"] else ""
         entry = {"method": row["method"], "environment": row["env"]}
         entry |= {"return": number(float(row["return_mean"])) + spread}
-        entry |= {"statistic": row["statistic"], "steps": f"{int(row['env_steps']):,}"}
+        entry |= {"statistic": row["statistic"], "steps": steps_of(row)}
         entry |= {"seeds": row["seeds"] or "?", "NFE": row["nfe"] or "-"}
         table.append(entry | {"source": row["source"], "trust": row["trust"]})
     return markdown(table)
