@@ -56,6 +56,7 @@ ENV_ID, OBS_DIM, ACT_DIM, NUM_ENVS = "Ant-v4", 27, 8, 5
 SETTINGS = {  # script: its (num_candidates, flow_steps)
     "fpmd_online": [(32, 20), (32, 1), (8, 1)],
     "fpmd_meanflow_online": [(32, 1), (8, 1)],
+    "mvp_online": [(32, 1), (8, 1)],
 }
 MODES = {  # on the command line: (mode, precision) in the CSV
     "eager": ("eager", "float32"),
@@ -194,17 +195,23 @@ def make_case(script, setting, mode, batch_size, device, **replaced) -> Case:
     return Case(script, setting, kind, precision, module, args, agent, batch, rng)
 
 
+def policy_delay(args) -> int:
+    """Updates of the critics per update of the policy; MVP has no such flag."""
+    return getattr(args, "policy_delay", 1)
+
+
 def functions(case: Case) -> dict[str, tuple[Callable, int]]:
     """{measurement: (function, how often one call does it)}, those of PER_CASE and one-step."""
     module, args, agent, rng = case.module, case.args, case.agent, case.rng
     next_obs, std = case.batch["next_obs"], torch.tensor(0.1, device=case.device)
+    delay = policy_delay(args)
     rows = args.num_candidates, args.batch_size
     candidates = 2 * torch.rand((*rows, ACT_DIM), device=case.device) - 1
     ranked = candidates[0], torch.randn(rows, device=case.device)
     obs = np.random.default_rng(0).standard_normal((NUM_ENVS, OBS_DIM), np.float32)
 
     def update():
-        for _ in range(args.policy_delay):
+        for _ in range(delay):
             module.update(agent, case.batch, args, rng)
 
     @torch.no_grad()
@@ -232,10 +239,10 @@ def functions(case: Case) -> dict[str, tuple[Callable, int]]:
     deployed = SimpleNamespace(act=module.act, target_policy=folded, policy=agent.policy)
 
     return {
-        "update": (update, args.policy_delay),
+        "update": (update, delay),
         "generation": (generation, 1),
         "ranking": (ranking, 1),
-        "learning": (learning, args.policy_delay),
+        "learning": (learning, delay),
         "acting": (lambda: act(obs, "explore"), 1),
         "one-step": (lambda: act(obs[:1], "one_step"), 1),
         "one-step deployed": (lambda: act(obs[:1], "one_step", deployed), 1),
@@ -250,6 +257,7 @@ def parts(case: Case, counted: dict[str, float]) -> dict[str, tuple[Part, ...]]:
         for network in (case.agent.policy, case.agent.critic)
     )
     states, actions = batch * OBS_DIM, batch * ACT_DIM
+    slow = case.agent.target_policy is not case.agent.policy
     numbers = {  # float32 numbers that move
         # weights and states in; two kinds of noise in, candidates out
         "generation": policy + states + 3 * n * actions,
@@ -258,7 +266,7 @@ def parts(case: Case, counted: dict[str, float]) -> dict[str, tuple[Part, ...]]:
         # batch, best actions and scores in; critics and their two moments in and out, targets in;
         # in one of policy_delay updates policy and moments too, and all slow copies in and out
         "learning": 2 * states + 2 * actions + (2 + n) * batch + 7 * critics
-        + (8 * policy + critics) / case.args.policy_delay,
+        + ((6 + 2 * slow) * policy + critics) / policy_delay(case.args),
     }  # fmt: skip
     precision = {"generation": case.precision}
     part = {
@@ -441,6 +449,7 @@ def collect(options: argparse.Namespace, device: torch.device) -> list[Measureme
                 entry = functions(case)[name]
                 timed.append(Measurement(row_of(script, measurement=name), *entry, count(*entry)))
     if "sac" in only:
+        case = make_case("fpmd_online", (1, 1), "eager", options.batch_size, device)  # its width
         for name, function in sac_actions(case).items():
             what = row_of("sac", measurement=name)
             timed.append(Measurement(what, function, 1, count(function, 1)))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import FPMD, ROOT
+from conftest import FLOWS, FPMD, ROOT
 
 COLUMNS = "script,num_candidates,flow_steps,mode,precision,measurement,milliseconds,quartile_1,"
 COLUMNS += "quartile_3,multiply_adds,compulsory_megabytes,floor_ms,ratio_to_floor,peak_megabytes,"
@@ -21,7 +21,7 @@ def speed(monkeypatch):
 
 
 def test_a_small_measurement(tmp_path):
-    """Both scripts eagerly; the variants check for themselves that they give the same actions."""
+    """All scripts eagerly; the variants check for themselves that they give the same actions."""
     output = tmp_path / "speed.csv"
     flags = "--only update generation ranking learning one-step sac --modes eager --settings 2,1"
     flags += f" --batch-size 16 --repetitions 1 --threads 1 --variants --output {output}"
@@ -42,7 +42,7 @@ def test_a_small_measurement(tmp_path):
             fastest[row["precision"]] = max(fastest[row["precision"]], rate)
     copy = timed["", "copy 256 MiB"]
     bandwidth = float(copy["compulsory_megabytes"]) / float(copy["milliseconds"])
-    for script in FPMD:
+    for script in FLOWS:
         parts = [timed[script, name] for name in ("generation", "ranking", "learning")]
         for row in parts:
             floor = max(
@@ -68,8 +68,8 @@ def test_a_small_measurement(tmp_path):
         assert deployed == mean + 8 * 256 < int(timed[script, "one-step"]["multiply_adds"])
 
 
-def test_both_variants_of_fpmd_are_measured(speed):
-    assert set(speed.SETTINGS) == set(FPMD)
+def test_every_policy_that_acts_in_one_step_is_measured(speed):
+    assert set(speed.SETTINGS) == set(FLOWS)
 
 
 def test_step_times_leave_out_what_comes_before_the_first_row(speed, tmp_path):
