@@ -9,7 +9,19 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, count, equal, load, numpy_mlp, randomise, rng, spy, values
+from conftest import (
+    COMPILER,
+    ROOT,
+    SMALL,
+    count,
+    equal,
+    load,
+    numpy_mlp,
+    randomise,
+    rng,
+    spy,
+    values,
+)
 from test_contract import python
 from test_mvp import make_batch
 from test_resume import differences, rows
@@ -195,6 +207,24 @@ def test_a_chunk_of_one_is_mvp_online(target):
             module.update(agent, batch, args, generator)
         agents.append(agent)
     assert all(equal(values(agents[0]), values(agents[1])))
+
+
+@COMPILER
+def test_compiled_updates_equal_plain_ones():
+    """Parameters, targets and metrics after 10 updates, to rounding; masked chunks included."""
+    torch._dynamo.reset()
+    results = []
+    for fast in False, True:
+        agent, args = make_agent(num_candidates=1250)  # 40,000 rows: more than one block
+        if fast:
+            script.accelerate(agent, args, CPU)
+        generator = rng(7)
+        for seed in range(10):
+            metrics = script.update(agent, make_chunks(args, seed=seed), args, generator)
+        results.append((agent.state_dict(), metrics))
+    (plain, plain_metrics), (compiled, metrics) = results
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(metrics, plain_metrics, rtol=1e-3, atol=1e-5)
 
 
 def test_parameter_counts_of_the_published_size():
