@@ -132,7 +132,7 @@ def draw_boundary(panel, policies: dict[float, MeanVelocityField], time: float =
     for (ivc_coef, policy), colour in zip(policies.items(), (ORANGE, BLUE), strict=True):
         with torch.no_grad():
             panel.plot(z, policy(obs, z, t, t), color=colour, lw=1.2, label=f"λ = {ivc_coef:g}")
-    panel.legend(frameon=False, loc="lower right")
+    panel.legend(frameon=False, loc="upper right")
     panel.set(title=f"u(z, t, t) at t = {time:g}", xlabel="z")
 
 

@@ -32,6 +32,7 @@ ENV_IDS = [
     "InvertedPendulum-v4",
     "Swimmer-v4",
     "Walker2d-v4",
+    "dm_control/cheetah-run-v0",
 ]
 
 
@@ -45,9 +46,10 @@ def measure(env_id: str, episodes: int, seed: int) -> list[dict]:
     """One row per policy for one environment."""
     envs, args = fpmd.make_envs(env_id, episodes), fpmd.Args(seed=seed)
     act_dim = envs.single_action_space.shape[0]
-    agent = SimpleNamespace(act_dim=act_dim, log_alpha=torch.zeros(()))  # it tells the device
+    modes = {"random": (0, 1), "zero": (0, 1)}  # network evaluations, candidates
+    agent = SimpleNamespace(act_dim=act_dim, device=torch.device("cpu"), modes=modes)
     rows = []
-    for policy in "random", "zero":
+    for policy in modes:
         with patch.object(fpmd, "act", act):
             result = fpmd.evaluate(agent, envs, args, policy, film=Path())
         row = {"env_id": env_id, "policy": policy, "episodes": episodes}

@@ -76,3 +76,17 @@ def test_step_times_leave_out_what_comes_before_the_first_row(speed, tmp_path):
     text = "global_step,updates,wall_time\n1500,100,60.0\n2000,200,65.0\n2500,300,75.0\n"
     (tmp_path / "metrics.csv").write_text(text)
     assert speed.step_times(tmp_path) == [0.01, 0.02]
+
+
+def test_reference_policies(tmp_path):
+    """Doing nothing on a pendulum that falls, and the same numbers again."""
+    tables = []
+    for name in "first.csv", "second.csv":
+        flags = "--env-ids", "InvertedPendulum-v4", "--episodes", "3", "--output", tmp_path / name
+        command = [sys.executable, ROOT / "benchmark" / "reference_policies.py", *flags]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        with (tmp_path / name).open(newline="") as file:
+            tables.append(list(csv.DictReader(file)))
+    assert tables[0] == tables[1] and [row["policy"] for row in tables[0]] == ["random", "zero"]
+    assert all(1 < float(row["return_mean"]) < 200 for row in tables[0])
