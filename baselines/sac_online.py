@@ -83,7 +83,7 @@ class Args:
     critic_lr: float = 3e-4  # Adam step size of the critics
     critic_steps: int = 2  # Adam steps on each critic gradient, as in FPMD; SAC's own is 1
     policy_lr: float = 3e-4  # Adam step size of the policy
-    alpha_init: float = math.e  # alpha at the start
+    alpha_init: float = 2.718281828459045  # alpha at the start: e, as in the FPMD authors' SAC
     alpha_lr: float = 3e-4  # Adam step size of log alpha
     target_entropy_scale: float = 1.0  # alpha holds the policy's entropy at -scale * act_dim
     activation: Literal["mish", "gelu", "relu"] = "mish"  # after every hidden layer

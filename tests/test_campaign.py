@@ -263,8 +263,12 @@ def test_no_campaign_is_said_so(copy):
 
 def test_young_campaigns_have_fewer_rows_and_no_interval(copy):
     page = report(copy, *full("mvp_online", 100, seeds=(1,)))
-    (ant, _) = rows_of(page, "tasks")
-    assert ant["seeds"] == "1" and ant["last five"] == "101" and ant["published"] == "-"
+    ant, hopper = rows_of(page, "tasks")
+    assert ant["seeds"] == "1" and ant["last five"] == "101"
+    assert ant["published"] == "5,150" and ant["its protocol"].startswith(
+        "MVP: not stated, ? steps"
+    )
+    assert hopper["published"] == "-"  # MVP's is not known there
     assert "No runs of a one-step policy and a baseline on the same task yet." in page
     assert rows_of(page, "one-step")[0]["one step is"] == "one seed"
     assert rows_of(page, "across")[0]["runs"] == "2"
