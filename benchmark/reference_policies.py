@@ -33,6 +33,7 @@ ENV_IDS = [
     "Swimmer-v4",
     "Walker2d-v4",
     "dm_control/cheetah-run-v0",
+    "dm_control/cartpole-swingup-v0",
 ]
 
 
