@@ -42,13 +42,13 @@ from formatting import (
     digits,
     hardware,
     joined_numbers,
+    label_ends,
     markdown,
     number,
     pyplot,
     read,
     references,
     save,
-    spread_out,
     steps_of,
     thousands,
 )
@@ -539,10 +539,7 @@ def draw_curves(path: Path, output: Path, against: str = "steps") -> None:
             panel.plot(x, height, "o", color=colour, ms=3, clip_on=False, zorder=4)
             if x < 0.97 * end:  # it stopped earlier: lead the eye to its label
                 panel.plot((x, end), (height, height), color=colour, lw=0.5, ls=(0, (1, 3)))
-        heights = spread_out([height for height, _, _ in labels], 0.085 * (high - low))
-        for height, (_, text, colour) in zip(heights, labels, strict=True):
-            place = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8}
-            panel.annotate(text, (1.03, height), color=colour, **place)
+        label_ends(panel, labels, 0.085 * (high - low), 1.03, fontsize=8)
         panel.set_title(env_id, fontsize=9, loc="left")
         panel.xaxis.set_major_locator(plt.MaxNLocator(4))
         if against == "steps":

@@ -24,10 +24,16 @@ NOT_A_FLAG |= {"torch_threads"}
 VERSIONS = "python", "torch", "gymnasium", "mujoco", "device", "threads", "commit"
 
 
+def scripts() -> dict[str, Path]:
+    """Every script by its name, the baselines' too."""
+    return {
+        path.stem: path for path in [*ROOT.glob("*_online.py"), *ROOT.glob("baselines/*_online.py")]
+    }
+
+
 def script_of(exp_name: str) -> Path:
     """fpmd_online.py for fpmd_online and for any longer name a variant was given."""
-    scripts = [*ROOT.glob("*_online.py"), *(ROOT / "baselines").glob("*_online.py")]
-    candidates = [script for script in scripts if exp_name.startswith(script.stem)]
+    candidates = [script for script in scripts().values() if exp_name.startswith(script.stem)]
     if not candidates:
         sys.exit(f"collect.py: error: --exp-name {exp_name} begins with the name of no script")
     return max(candidates, key=lambda script: len(script.stem))
@@ -93,9 +99,8 @@ def gather(run_dirs: list[Path]) -> dict[tuple, list[dict]]:
     return {key: runs[key] for key in sorted(runs)}
 
 
-def write(runs: dict[tuple, list[dict]], output: Path) -> None:
+def write_csv(rows: list[dict], output: Path) -> None:
     """One CSV of all rows; whoever reads it meanwhile sees the old file or the new one."""
-    rows = [row for run in runs.values() for row in run]
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     with unfinished.open("w", newline="") as file:
@@ -114,8 +119,9 @@ def main() -> None:
     args = parser.parse_args()
     if not (runs := gather(args.run_dirs)):
         sys.exit("collect.py: error: nothing to write")
-    write(runs, args.output)
-    print(f"{len(runs)} runs, {sum(map(len, runs.values()))} rows in {args.output}")
+    rows = [row for run in runs.values() for row in run]
+    write_csv(rows, args.output)
+    print(f"{len(runs)} runs, {len(rows)} rows in {args.output}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-from collect import script_of
+from collect import script_of, write_csv
 
 
 def measure(run_dir: Path) -> dict | None:
@@ -49,10 +49,7 @@ def main() -> None:
     if not rows:
         sys.exit("evaluation_cost.py: error: no run is long enough")
     rows.sort(key=lambda row: (row["script"], row["env_id"], row["seed"]))
-    with args.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, args.output)
     print(f"wrote {args.output}")
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from collect import write_csv
 from torch import Tensor
 
 matplotlib.use("Agg")
@@ -174,11 +175,7 @@ def main() -> None:
         with results.open(newline="") as file:
             rows = list(csv.DictReader(file))
     else:
-        results.parent.mkdir(parents=True, exist_ok=True)
-        with results.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(rows, results)
 
     plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 2.9), layout="constrained")

@@ -35,6 +35,7 @@ from typing import NoReturn
 
 import matplotlib
 import torch
+from collect import write_csv
 from PIL import Image
 from torch import Generator, Tensor, nn
 
@@ -176,12 +177,8 @@ def measure(folder: Path, script: ModuleType, step: int) -> list[dict]:
 
 
 def write(rows: list[dict], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(row | {key: f"{row[key]:.6g}" for key in ("error", "spread")})
+    digits = [{key: f"{row[key]:.6g}" for key in ("error", "spread")} for row in rows]
+    write_csv([row | short for row, short in zip(rows, digits, strict=True)], path)
     print(f"{len(rows)} rows in {path}")
 
 

@@ -105,5 +105,13 @@ def spread_out(heights: list[float], gap: float) -> list[float]:
     return placed
 
 
+def label_ends(panel, labels: list[tuple], gap: float, x: float = 1.02, **style) -> None:
+    """Beside the panel, at x of its width: (height, text, colour) each, at least gap apart."""
+    heights = spread_out([height for height, _, _ in labels], gap)
+    for height, (_, text, colour) in zip(heights, labels, strict=True):
+        place = {"xycoords": ("axes fraction", "data"), "va": "center"}
+        panel.annotate(text, (x, height), color=colour, **place, **style)
+
+
 def thousands(steps: float, _) -> str:
     return f"{steps / 1e6:g}M" if steps >= 1e6 else f"{steps / 1e3:g}k" if steps else "0"

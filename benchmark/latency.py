@@ -15,9 +15,7 @@ compiled: generate (all T steps in one), or without one the policy, through torc
 """
 
 import argparse
-import csv
 import gc
-import importlib.util
 import sys
 import tempfile
 import time
@@ -29,9 +27,10 @@ from types import ModuleType
 import campaign_report
 import numpy as np
 import torch
+from collect import ROOT, scripts, write_csv
+from measuring import load_script, provenance
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
 OBS_DIM, ACT_DIM = 27, 8  # Ant-v4's
 BURST = 20  # calls of a case in a row
 POLICIES = {  # name, number of steps: (script, mode of act or None for generate)
@@ -57,18 +56,6 @@ class Case:
     mode: str
     call: Callable[[], Tensor]
     seconds: list[float] = field(default_factory=list)
-
-
-def load_script(name: str, copy: int) -> ModuleType | None:
-    """A copy of the script as a module of its own, from the root or baselines/, if it is there."""
-    paths = [folder / f"{name}.py" for folder in (ROOT, ROOT / "baselines")]
-    path = next((path for path in paths if path.exists()), None)
-    if path is None:
-        return None
-    spec = importlib.util.spec_from_file_location(f"{name}_latency_{copy}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def action(
@@ -100,18 +87,18 @@ def action(
 
 def cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
     """Everything that can be timed, compiled and warm; what cannot has a line on stderr."""
-    found, copies = [], 0
+    found = []
     for (policy, steps), (script, act_mode) in POLICIES.items():
         if policy not in options.policies:
             continue
+        if script not in scripts():
+            print(f"left out: {policy}, there is no {script}.py", file=sys.stderr)
+            continue
         for batch in options.batches:
             for mode in options.modes:
-                copies += 1
-                if (module := load_script(script, copies)) is None:
-                    print(f"left out: {policy}, there is no {script}.py", file=sys.stderr)
-                    break
                 sizes = steps, batch, mode == "compiled", device
                 what = f"{policy}, {steps} step{'s' * (steps > 1)}, batch {batch}, {mode}"
+                module = load_script(script)
                 try:
                     call = action(module, act_mode, *sizes)
                     for _ in range(5):
@@ -123,8 +110,6 @@ def cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
                     continue
                 found.append(Case(policy, steps, batch, mode, call))
                 print(f"ready: {what}", file=sys.stderr)
-            if module is None:
-                break
     return found
 
 
@@ -146,9 +131,6 @@ def time_all(found: list[Case], calls: int, device: torch.device) -> None:
 
 
 def to_rows(found: list[Case], device: torch.device) -> list[dict]:
-    # not at the top: it loads a training script for its variants
-    from speed import provenance
-
     origin, rows = provenance(device), []
     for case in found:
         ms = 1000 * np.array(case.seconds)
@@ -198,11 +180,7 @@ def main() -> None:
         sys.exit("latency.py: error: nothing to measure")
     time_all(found, options.calls, device)
     rows = to_rows(found, device)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, options.output)
     print(f"{campaign_report.latency(options.output)}\n\nwrote {options.output}")
 
 

@@ -225,7 +225,7 @@ def understood(script: Path, command_lines: list[list[str]], envs: list[str], en
 
 def settings(options: argparse.Namespace) -> list[tuple[Path, str, list[str]]]:
     """Scripts x variants with the flags of each; of a flag given twice the later counts."""
-    known = [*ROOT.glob("*_online.py"), *(ROOT / "baselines").glob("*_online.py")]
+    known = collect.scripts().values()
     found = []
     for (name, own), (variant, more) in product(options.scripts.items(), options.variants.items()):
         if (script := ROOT / f"{name}.py") not in known:
@@ -586,7 +586,7 @@ def gather(jobs: list[Job], output: Path) -> None:
     run_dirs = [run_dir for job in jobs for run_dir in job.saved() if len(job.saved()) == 1]
     run_dirs = [path for path in run_dirs if (path / "evaluations.csv").exists()]
     if runs := collect.gather(run_dirs):
-        collect.write(runs, output)
+        collect.write_csv([row for run in runs.values() for row in run], output)
 
 
 def settle(job: Job, status: int | str, stopping: bool, max_restarts: int, view: View) -> None:

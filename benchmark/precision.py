@@ -13,7 +13,6 @@ noise in float32 and bfloat16:
 """
 
 import argparse
-import csv
 import importlib
 import json
 import sys
@@ -99,12 +98,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=default, help="CSV to write")
     options = parser.parse_args()
     rows = [row for run_dir in options.runs for row in measure(run_dir)]
-    with options.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            numbers = {k: f"{v:.6g}" for k, v in row.items() if isinstance(v, float)}
-            writer.writerow(row | numbers)
+    for row in rows:
+        row |= {k: f"{v:.6g}" for k, v in row.items() if isinstance(v, float)}
+    collect.write_csv(rows, options.output)
     print(report.precision(options.output))
 
 

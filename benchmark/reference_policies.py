@@ -10,7 +10,6 @@ deviation over episodes.
 """
 
 import argparse
-import csv
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +17,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
+from collect import write_csv
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,11 +72,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=default, help="CSV to write, as a whole")
     args = parser.parse_args()
     rows = [row for env_id in args.env_ids for row in measure(env_id, args.episodes, args.seed)]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with args.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, args.output)
     print(f"wrote {args.output}")
 
 

@@ -30,13 +30,13 @@ from formatting import (
     hardware,
     joined,
     joined_numbers,
+    label_ends,
     markdown,
     number,
     pyplot,
     read,
     references,
     save,
-    spread_out,
     steps_of,
     thousands,
 )
@@ -168,6 +168,12 @@ def offline_steps(key: tuple) -> int:
     return int(given[1]) if given else 1_000_000
 
 
+def successes(rows: list[dict], mode: str) -> dict[int, float]:
+    """Success rate in per cent at each step of one run's evaluations in one mode."""
+    rows = [row for row in rows if row["mode"] == mode]
+    return {int(row["global_step"]): 100 * float(row["success_rate"]) for row in rows}
+
+
 def success_rates(path: Path) -> str:
     """Offline-to-online runs: successes at the end of the offline phase, and what is added."""
     table, found = [], experiments(path)
@@ -180,8 +186,7 @@ def success_rates(path: Path) -> str:
         for mode, title in ("best_of_n", "best of N"), ("one_step", "one step"):
             offline, online, final = [], [], []
             for run in seeds.values():
-                rates = {int(r["global_step"]): r["success_rate"] for r in run if r["mode"] == mode}
-                rates = {step: 100 * float(rate) for step, rate in rates.items()}
+                rates = successes(run, mode)
                 offline.append(rates[start])
                 online.append([rate for step, rate in rates.items() if step > start])
                 final.append(online[-1][-1])
@@ -532,10 +537,8 @@ def draw_learning_curves(path: Path, output: Path) -> None:
         texts = {"one_step": "one step", "best_of_n": f"best of {end['num_candidates']}"}
         texts |= {"zero": "zero action", "random": "random"}
         low, high = panel.get_ylim()
-        heights = spread_out([height for height, _, _ in labels], 0.065 * (high - low))
-        for height, (_, name, colour) in zip(heights, labels, strict=True):
-            place = {"xycoords": ("axes fraction", "data"), "va": "center"}
-            panel.annotate(texts[name], (1.02, height), color=colour, **place)
+        labels = [(height, texts[name], colour) for height, name, colour in labels]
+        label_ends(panel, labels, 0.065 * (high - low))
         panel.set_ylim(low, high)
         panel.set_xlim(0, steps[-1])
         panel.xaxis.set_major_locator(plt.MaxNLocator(4))
@@ -562,14 +565,7 @@ def draw_success_rates(path: Path, output: Path) -> None:
     ends = []
     colours = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
     for key, colour in zip(sorted(found, key=lambda k: variants[k][1]), colours, strict=False):
-        runs = [
-            {
-                int(row["global_step"]): 100 * float(row["success_rate"])
-                for row in run
-                if row["mode"] == "best_of_n"
-            }
-            for run in found[key].values()
-        ]
+        runs = [successes(run, "best_of_n") for run in found[key].values()]
         steps = sorted(set.intersection(*map(set, runs)))
         mean = [statistics.fmean(run[step] for run in runs) for step in steps]
         for run in runs if len(runs) > 1 else []:
@@ -577,10 +573,7 @@ def draw_success_rates(path: Path, output: Path) -> None:
         panel.plot(steps, mean, color=colour, lw=1.8, marker="o", ms=3, clip_on=False)
         ends.append((mean[-1], variants[key][1] or "the default", colour))
         panel.axvspan(offline_steps(key), steps[-1], color="0.95", lw=0, zorder=0)
-    heights = spread_out([height for height, _, _ in ends], 7)
-    for height, (_, name, colour) in zip(heights, ends, strict=True):
-        place = {"xycoords": ("axes fraction", "data"), "va": "center"}
-        panel.annotate(name, (1.02, height), color=colour, **place)
+    label_ends(panel, ends, 7)
     panel.annotate("online", (offline_steps(key), 97), (4, 0), textcoords="offset points",
                    va="top", color="0.35")  # fmt: skip
     panel.set(ylim=(0, 100), ylabel="success rate, %", xlabel="steps, offline then online")

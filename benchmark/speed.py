@@ -28,13 +28,11 @@ committed results are left alone.
 import argparse
 import contextlib
 import csv
-import importlib.util
 import io
 import itertools
 import math
 import multiprocessing
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -48,10 +46,11 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import report
 import torch
+from collect import ROOT, write_csv
+from measuring import load_script, provenance
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
 ENV_ID, OBS_DIM, ACT_DIM, NUM_ENVS = "Ant-v4", 27, 8, 5
 SETTINGS = {  # script: its (num_candidates, flow_steps)
     "fpmd_online": [(32, 20), (32, 1), (8, 1)],
@@ -78,7 +77,6 @@ END_TO_END = {  # flags of the training runs of --end-to-end
     "eval_every": 0,
     "checkpoint_every": 0,
 }
-COPIES = itertools.count()
 
 
 # ---------------------------------------------------------------------------- what is timed
@@ -158,19 +156,6 @@ class Case:
 def row_of(script="", setting=("", ""), mode="eager", precision="float32", measurement="") -> dict:
     row = {"script": script, "num_candidates": setting[0], "flow_steps": setting[1]}
     return row | {"mode": mode, "precision": precision, "measurement": measurement}
-
-
-def load_script(name: str, **replaced) -> ModuleType:
-    """A copy of the script as a module of its own, with other values for some of its globals.
-
-    What is compiled belongs to the copy's functions, so each case has torch's usual number of
-    recompilations to itself, as in a process of its own.
-    """
-    spec = importlib.util.spec_from_file_location(f"{name}_{next(COPIES)}", ROOT / f"{name}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    vars(module).update(replaced)
-    return module
 
 
 def make_case(script, setting, mode, batch_size, device, **replaced) -> Case:
@@ -583,18 +568,6 @@ def end_to_end(options: argparse.Namespace) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------- main
-def provenance(device: torch.device) -> dict:
-    """Where and with what the numbers were made."""
-    cpuinfo = Path("/proc/cpuinfo")  # Linux
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    names = [torch.cuda.get_device_name(device)] if device.type == "cuda" else names
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    row = {"device": (names or [sys.platform])[0], "threads": torch.get_num_threads()}
-    return row | {"torch": torch.__version__, "commit": commit}
-
-
 def parse_setting(text: str) -> tuple[int, int]:
     num_candidates, flow_steps = map(int, text.split(","))
     return num_candidates, flow_steps
@@ -652,11 +625,7 @@ def main() -> None:
         time_all(timed, options.repetitions, device)
         rows = to_rows(timed, options.batch_size, device)
     rows = [row | provenance(device) for row in rows]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, options.output)
     tables = report.speed, report.speed_of_acting, report.speed_of_variants
     for table in [report.end_to_end] if options.end_to_end else tables:
         print(table(options.output), end="\n\n")

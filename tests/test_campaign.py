@@ -397,7 +397,7 @@ def test_what_is_timed_is_the_deployed_action(monkeypatch):
     latency = importlib.import_module("latency")
     device = torch.device("cpu")
     for script in "fpmd_online", "fpmd_meanflow_online", "mvp_online":
-        module = latency.load_script(script, 0)
+        module = latency.load_script(script)
         call = latency.action(module, "one_step", 1, 2, False, device)
         once = call()
         args, rng = module.Args(), torch.Generator().manual_seed(0)
@@ -407,4 +407,4 @@ def test_what_is_timed_is_the_deployed_action(monkeypatch):
         expected = module.act(agent, obs, args, rng, "one_step")
         torch.testing.assert_close(once, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="takes 1 steps"):
-        latency.action(latency.load_script("mvp_online", 1), "one_step", 20, 1, False, device)
+        latency.action(latency.load_script("mvp_online"), "one_step", 20, 1, False, device)
