@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import math
 import subprocess
 import sys
@@ -90,3 +91,25 @@ def test_reference_policies(tmp_path):
             tables.append(list(csv.DictReader(file)))
     assert tables[0] == tables[1] and [row["policy"] for row in tables[0]] == ["random", "zero"]
     assert all(1 < float(row["return_mean"]) < 200 for row in tables[0])
+
+
+def test_what_an_evaluation_costs_is_read_off_the_clock(tmp_path):
+    """1,000 steps take 2 s, 5 s where an evaluation lies between; the first stretch compiles."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    args = {"exp_name": "mvp_online", "env_id": "Ant-v4", "seed": 3, "eval_every": 5000}
+    args |= {"eval_episodes": 10, "num_candidates": 8, "utd": 0.2, "log_every": 1000}
+    versions = {"device": "a CPU", "threads": 1, "torch": "2.13.0", "commit": "0123456"}
+    (run_dir / "args.json").write_text(json.dumps(args))
+    (run_dir / "versions.json").write_text(json.dumps(versions))
+    clock, lines = 0.0, ["global_step,updates,wall_time"]
+    for step in range(1000, 13_000, 1000):
+        lines.append(f"{step},0,{clock}")
+        clock += {1000: 60, 5000: 5, 7000: 30, 10_000: 5}.get(step, 2)  # 7000: the machine paused
+    (run_dir / "metrics.csv").write_text("\n".join(lines) + "\n")
+    program, output = ROOT / "benchmark" / "evaluation_cost.py", tmp_path / "cost.csv"
+    subprocess.run([sys.executable, program, run_dir, "--output", output], check=True)
+    with output.open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["script"] == "mvp_online" and row["commit"] == "0123456"
+    assert float(row["training_ms_per_step"]) == 2 and float(row["evaluation_seconds"]) == 3
