@@ -632,3 +632,21 @@ def test_stopping_the_launcher_stops_ray_jobs(root, launch, ray):
     result = finish(process)
     assert result.status == 143 and "the same command goes on from here" in result.err
     assert 15 <= json.loads((run_dir(job) / "checkpoint.pt").read_text())["step"] < 100
+
+
+def test_ray_has_room_for_as_many_jobs_as_asked_for(ray, monkeypatch):
+    """A cluster of our own has workers x threads CPUs, of which a task takes its threads."""
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    launch = importlib.import_module("launch")
+    options = Namespace(threads=2, workers=3, workers_per_gpu=0, ray_address="")
+    try:
+        engine = launch.Ray(options)
+        assert engine.places() == 3 and ray.cluster_resources()["CPU"] == 6
+        assert engine.attempt._default_options["num_cpus"] == 2
+        for options.workers, room in (2, 2), (0, 3):  # 0: as many as fit
+            engine.tasks = room - 1
+            assert engine.has_room()
+            engine.tasks = room
+            assert not engine.has_room()
+    finally:
+        ray.shutdown()
