@@ -554,9 +554,9 @@ class RunLogger:
         self.run_dir = run_dir or self.create(args, device)
         (self.run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         for path in self.run_dir.glob("*.csv"):  # what a resumed run repeats must not stand twice
-            head, *rows = path.read_text().splitlines(keepends=True) or [""]
-            rows = [r for r in rows if r[-1] == "\n" and int(r.split(",")[0]) <= global_step]
-            path.write_text("".join([head, *rows]))
+            head, *rows = path.read_bytes().splitlines(keepends=True) or [b""]
+            rows = [r for r in rows if r[-1:] == b"\n" and int(r.split(b",")[0]) <= global_step]
+            os.truncate(path, len(head) + sum(map(len, rows)))
         if args.track:
             import wandb
 
