@@ -663,33 +663,31 @@ def image(alt: str, name: str) -> Callable[[Path], str]:
 
 
 TABLES, DRAWINGS = {}, {}  # {name: (what writes it, CSV)}, {figure: (what draws it, CSV)}
-for where, machine in ("cpu", "a CPU"), ("cuda", "a GPU"):
+for name in "cpu", "pendulum", "cuda":
+    source = f"campaign_{name}.csv"
     tables = {
         "protocol": protocol,
         "tasks": per_task,
         "one-step": one_step_against_n,
         "standing": standing,
         "differences": differences,
-        "across": across_tasks,
-        "improvement": improvement,
-        "figure-steps": image("Return against steps", f"campaign_{where}_steps.png"),
-        "figure-time": image("Return against wall time", f"campaign_{where}_time.png"),
-        "figure-across": image("IQM, performance profiles", f"campaign_{where}_across.png"),
-        "figure-one-step": image("One step minus best of N", f"campaign_{where}_one_step.png"),
     }
-    runs_csv, latency_csv = f"campaign_{where}.csv", f"latency_{where}.csv"
-    for name, build in tables.items():
-        TABLES[f"campaign-{where}-{name}"] = or_not_yet(build, "No runs yet."), runs_csv
-    alt = f"Milliseconds per action on {machine}"
-    for name, build in (
-        (f"latency-{where}", latency),
-        (f"figure-latency-{where}", image(alt, f"latency_{where}.png")),
-    ):
-        TABLES[name] = or_not_yet(build, "Not measured yet."), latency_csv
-    DRAWINGS |= {
-        f"campaign_{where}_steps.png": (draw_curves, runs_csv),
-        f"campaign_{where}_time.png": (partial(draw_curves, against="seconds"), runs_csv),
-        f"campaign_{where}_across.png": (draw_across_tasks, runs_csv),
-        f"campaign_{where}_one_step.png": (draw_one_step_against_n, runs_csv),
-        f"latency_{where}.png": (draw_latency, latency_csv),
+    figures = {
+        "steps": (draw_curves, "Return against steps"),
+        "time": (partial(draw_curves, against="seconds"), "Return against wall time"),
+        "one_step": (draw_one_step_against_n, "One step minus best of N"),
     }
+    if name != "pendulum":  # a single task
+        tables |= {"across": across_tasks, "improvement": improvement}
+        figures["across"] = draw_across_tasks, "IQM, performance profiles"
+    for figure, (draw, alt) in figures.items():
+        DRAWINGS[f"campaign_{name}_{figure}.png"] = draw, source
+        tables["figure-" + figure.replace("_", "-")] = image(alt, f"campaign_{name}_{figure}.png")
+    for table, build in tables.items():
+        TABLES[f"campaign-{name}-{table}"] = or_not_yet(build, "No runs yet."), source
+for where, machine in ("cpu", "a CPU"), ("cuda", "a GPU"):
+    figure, source = f"latency_{where}.png", f"latency_{where}.csv"
+    link = image(f"Milliseconds per action on {machine}", figure)
+    for table, build in (f"latency-{where}", latency), (f"figure-latency-{where}", link):
+        TABLES[table] = or_not_yet(build, "Not measured yet."), source
+    DRAWINGS[figure] = draw_latency, source
