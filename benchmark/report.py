@@ -548,7 +548,9 @@ def draw_learning_curves(path: Path, output: Path) -> None:
         panel.set_axisbelow(True)
         count = f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
         setting = f"N = {end['num_candidates']}, T = {end['nfe']}, {count}"
-        title = "\n".join([f"{env_id}  ({setting})", *textwrap.wrap(own, 45)])
+        own = f"UTD {end['utd']} {own}" if own else ""  # what tells this panel from another
+        own = textwrap.wrap(own, 50, break_on_hyphens=False)
+        title = "\n".join([f"{env_id}  ({setting})", *own])
         panel.set_title(title, fontsize=9, loc="left")
         panel.set_xlabel("environment steps")
     for panel in panels[:, 0]:
