@@ -67,7 +67,7 @@ def names(found: dict) -> dict:
     flags = {key: re.split(r" (?=--)", key[-1]) for key in found}
     result = {}
     for key in found:
-        others = [set(flags[other]) for other in found if other[1] == key[1]]
+        others = [set(flags[other]) for other in found if other[:2] == key[:2]]
         own = [flag for flag in flags[key] if flag not in set.intersection(*others)]
         own = [flag for flag in own if not flag.startswith(("--num-cand", "--flow-st", "--utd"))]
         result[key] = key[1], " ".join(own)  # those three have a column
@@ -131,18 +131,33 @@ def last_evaluations(path: Path) -> str:
 
 
 def ablation(path: Path) -> str:
-    """Variants of one setting, each against the one without flags of its own, seed by seed."""
+    """Variants of one setting, each against the one without flags of its own, seed by seed.
+
+    All runs of an algorithm on a task are cut where the shortest of them ends.
+    """
     table, found = [], experiments(path)
     labels, episodes = names(found), set()
-    plain = {env_id: found[key] for key, (env_id, own) in labels.items() if not own}
-    for key, (env_id, own) in sorted(labels.items(), key=lambda item: item[1]):
-        row = {"environment": env_id, "variant": f"`{own}`" if own else "the default"}
+    for group in {key[:2] for key in found}:
+        own = [seeds for key, seeds in found.items() if key[:2] == group]
+        end = min(int(rows[-1]["global_step"]) for seeds in own for rows in seeds.values())
+        for seeds in own:
+            for seed, rows in seeds.items():
+                seeds[seed] = [row for row in rows if int(row["global_step"]) <= end]
+    plain = {key[:2]: found[key] for key, (_, own) in labels.items() if not own}
+    several = len({key[0] for key in found}) > 1
+    for key, (env_id, own) in sorted(labels.items(), key=lambda item: (item[0][0], item[1])):
+        row = {"script": f"`{key[0]}`"} if several else {}
+        row |= {"environment": env_id, "variant": f"`{own}`" if own else "the default"}
         row |= {"seeds": len(found[key])}
         for mode, title in ("one_step", "one step"), ("best_of_n", "best of N"):
             ends = [
                 {seed: statistics.fmean(curve(run, mode)[1][-ABLATION_LAST:]) for seed, run in runs}
-                for runs in (found[key].items(), plain[env_id].items())
+                for runs in (found[key].items(), plain[key[:2]].items())
+                if any(row["mode"] == mode for _, run in runs for row in run)
             ]
+            if not ends:  # SAC has no candidates
+                row |= {title: "-", f"{title}, minus default": "-"}
+                continue
             row[title] = across_seeds(list(ends[0].values()))
             paired = [end - ends[1][seed] for seed, end in ends[0].items() if seed in ends[1]]
             row[f"{title}, minus default"] = across_seeds(paired) if own else ""
@@ -150,14 +165,16 @@ def ablation(path: Path) -> str:
                 row[f"{title}, minus default"] = f"**{row[f'{title}, minus default']}**"
         table.append(row)
         episodes |= {len(row["returns"].split()) for run in found[key].values() for row in run}
-    ends = [last(run) for seeds in found.values() for run in seeds.values()]
-    shared = set.intersection(*(set(re.split(r" (?=--)", key[-1])) for key in found))
+    ends = [run[-1] for seeds in found.values() for run in seeds.values()]
+    shared = set.intersection(*(set(re.split(r" (?=--)", key[-1])) for key in found)) - {""}
+    flags = f"flags of all: `{' '.join(sorted(shared))}`; " if shared else ""
+    updates = " or ".join(f"{n:,}" for n in sorted({int(row["updates"]) for row in ends}))
     note = (
         f"Returns are the mean of the last {ABLATION_LAST} evaluations of "
         f"{joined_numbers(episodes)} episodes, ± Student's 95% interval over seeds; differences "
         "are taken seed by seed, bold where their interval excludes zero. "
-        f"{int(ends[0]['global_step']):,} steps, {int(ends[0]['updates']):,} updates, flags of "
-        f"all: `{' '.join(sorted(shared))}`; {hardware(ends)}, commit {commits(ends)}."
+        f"{int(ends[0]['global_step']):,} steps, {updates} updates, "
+        f"{flags}{hardware(ends)}, commit {commits(ends)}."
     )
     return markdown(table) + "\n\n" + note
 
@@ -601,6 +618,7 @@ TABLES = {  # name in the markers: (what writes it, from which CSV)
     "offline-to-online": (success_rates, "offline_to_online_cpu.csv"),
     "constraint": (constraint, "constraint.csv"),
     "compile-cpu": (ablation, "compile_cpu.csv"),
+    "short-runs": (ablation, "short_runs_cpu.csv"),
     "reference-policies": (reference_policies, "reference_policies.csv"),
     "published": (published, "published_results.csv"),
     "speed-cpu": (speed, "speed_cpu.csv"),

@@ -161,6 +161,29 @@ def test_ablation_pairs_the_seeds(copy):
     assert "flags of all: `--utd 1.0`" in "\n".join(lines)
 
 
+def test_ablation_of_several_scripts(copy):
+    """Each against its own default, where the shorter of the two ends; SAC has no candidates."""
+    runs, output = copy / "runs", copy / "benchmark" / "results" / "short_runs_cpu.csv"
+    write_run(runs / "a", "Ant-v4", 1, [1, 2, 3, 4, 900], [10] * 5, total_timesteps=5000)
+    write_run(runs / "b", "Ant-v4", 1, [5] * 4, [30] * 4, tau=0.02, total_timesteps=4000)
+    program(copy, "collect.py", *runs.glob("*/*"), "--output", output)
+    rows = read(output)
+    other = [row for row in rows if row["mode"] == "one_step" and not row["flags"]]
+    other = [row | {"algorithm": "sac_online", "flags": "--gamma 0.9"} for row in other]
+    write(output, rows + other)
+    (copy / "docs" / "page.md").write_text("<!-- table:short-runs -->\n<!-- /table -->\n")
+    result = program(copy, "report.py", "--tables")
+    assert result.returncode == 0, result.stderr
+    lines = (copy / "docs" / "page.md").read_text().splitlines()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
+    assert [row[0] for row in table[2:]] == ["`fpmd_online`", "`fpmd_online`", "`sac_online`"]
+    assert [row[2:] for row in table[2:]] == [
+        ["the default", "1", "3.0", "", "10.0", ""],
+        ["`--tau 0.02`", "1", "5.0", "2.0", "30.0", "20.0"],
+        ["the default", "1", "302", "", "-", "-"],
+    ]
+
+
 # ---------------------------------------------------------------------------- collect.py
 
 
