@@ -245,7 +245,8 @@ def per_task(path: Path) -> str:
             line = {"environment": env_id, "algorithm": ALGORITHMS[algorithm].name}
             line |= {"policy": mode_name(algorithm, mode), "seeds": len(found)}
             line |= {"steps": f"{steps:,}" if finished else f"{steps:,} of {planned:,}"}
-            line |= {"updates": f"{int(end['updates']):,}", "hours": f"{hours:.1f}"}
+            line |= {"updates": f"{int(end['updates']):,}"}
+            line["hours"] = f"{hours:.1f}" if hours >= 1 else f"{hours:.2f}"
             line["last five"] = across_seeds(list(final(found)))
             line["best"] = across_seeds(list(best(found)))
             row = published_numbers(env_id, algorithm)
@@ -502,7 +503,9 @@ def draw_curves(path: Path, output: Path, against: str = "steps") -> None:
     curves, plt, reference = load(path), pyplot(), references()
     env_ids = tasks_of(curves)
     figure, panels = grid_of_panels(plt, len(env_ids), 2.5)
-    unit = 1 if against == "steps" else 3600
+    longest = max(curve.seconds[-1] for found in curves.values() for curve in found)
+    unit, name = (3600, "hours") if longest >= 3600 else (60, "minutes")
+    unit, name = (1, "environment steps") if against == "steps" else (unit, name)
     for panel, env_id in zip(panels, env_ids, strict=True):
         labels, seen, end = [], [], 0.0  # (height, text, colour) beside the right end
         drawn = []
@@ -548,7 +551,7 @@ def draw_curves(path: Path, output: Path, against: str = "steps") -> None:
         panel.tick_params(labelsize=8)
         panel.grid(axis="y", color="0.93")
         panel.set_axisbelow(True)
-    figure.supxlabel("environment steps" if against == "steps" else "hours", fontsize=9)
+    figure.supxlabel(name, fontsize=9)
     figure.supylabel("evaluation return", fontsize=9)
     save(figure, output)
     plt.close(figure)
