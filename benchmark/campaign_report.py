@@ -295,7 +295,9 @@ def one_step_against_n(path: Path) -> str:
 
 def counted(words: list[str]) -> str:
     """better in 2, worse in 1, not distinguishable in 4."""
-    return listed([f"{word} in {words.count(word)}" for word in VERDICTS if word in words])
+    said = {"one seed": "without a verdict"}
+    found = [word for word in VERDICTS if word in words]
+    return listed([f"{said.get(word, word)} in {words.count(word)}" for word in found])
 
 
 def comparisons(curves: Curves) -> dict[tuple[str, str], dict[str, Comparison]]:
