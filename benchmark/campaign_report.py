@@ -505,9 +505,10 @@ def draw_curves(path: Path, output: Path, against: str = "steps") -> None:
     curves, plt, reference = load(path), pyplot(), references()
     env_ids = tasks_of(curves)
     figure, panels = grid_of_panels(plt, len(env_ids), 2.5)
-    longest = max(curve.seconds[-1] for found in curves.values() for curve in found)
-    unit, name = (3600, "hours") if longest >= 3600 else (60, "minutes")
-    unit, name = (1, "environment steps") if against == "steps" else (unit, name)
+    unit, label = 1, "environment steps"
+    if against == "seconds":
+        longest = max(curve.seconds[-1] for found in curves.values() for curve in found)
+        unit, label = (3600, "hours") if longest >= 3600 else (60, "minutes")
     for panel, env_id in zip(panels, env_ids, strict=True):
         labels, seen, end = [], [], 0.0  # (height, text, colour) beside the right end
         drawn = []
@@ -553,7 +554,7 @@ def draw_curves(path: Path, output: Path, against: str = "steps") -> None:
         panel.tick_params(labelsize=8)
         panel.grid(axis="y", color="0.93")
         panel.set_axisbelow(True)
-    figure.supxlabel(name, fontsize=9)
+    figure.supxlabel(label, fontsize=9)
     figure.supylabel("evaluation return", fontsize=9)
     save(figure, output)
     plt.close(figure)

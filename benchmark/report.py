@@ -62,9 +62,14 @@ def curve(rows: list[dict], mode: str) -> tuple[list[int], list[float]]:
     return [int(r["global_step"]) for r in rows], [float(r["return_mean"]) for r in rows]
 
 
+def split_flags(key: tuple) -> list[str]:
+    """Of an experiment, each with its values; none is an empty one."""
+    return re.split(r" (?=--)", key[-1])
+
+
 def names(found: dict) -> dict:
     """What to call each experiment: its environment, and flags that not all there share."""
-    flags = {key: re.split(r" (?=--)", key[-1]) for key in found}
+    flags = {key: split_flags(key) for key in found}
     result = {}
     for key in found:
         others = [set(flags[other]) for other in found if other[:2] == key[:2]]
@@ -130,19 +135,24 @@ def last_evaluations(path: Path) -> str:
     return markdown(table)
 
 
-def ablation(path: Path) -> str:
-    """Variants of one setting, each against the one without flags of its own, seed by seed.
+def cut(found: dict) -> dict:
+    """The same, all runs of a script on a task up to where the shortest of them ends."""
+    ends = defaultdict(list)
+    for key, seeds in found.items():
+        ends[key[:2]] += [int(rows[-1]["global_step"]) for rows in seeds.values()]
+    return {
+        key: {
+            seed: [row for row in rows if int(row["global_step"]) <= min(ends[key[:2]])]
+            for seed, rows in seeds.items()
+        }
+        for key, seeds in found.items()
+    }
 
-    All runs of an algorithm on a task are cut where the shortest of them ends.
-    """
-    table, found = [], experiments(path)
+
+def ablation(path: Path) -> str:
+    """Variants of one setting, each against the one without flags of its own, seed by seed."""
+    table, found = [], cut(experiments(path))
     labels, episodes = names(found), set()
-    for group in {key[:2] for key in found}:
-        own = [seeds for key, seeds in found.items() if key[:2] == group]
-        end = min(int(rows[-1]["global_step"]) for seeds in own for rows in seeds.values())
-        for seeds in own:
-            for seed, rows in seeds.items():
-                seeds[seed] = [row for row in rows if int(row["global_step"]) <= end]
     plain = {key[:2]: found[key] for key, (_, own) in labels.items() if not own}
     several = len({key[0] for key in found}) > 1
     for key, (env_id, own) in sorted(labels.items(), key=lambda item: (item[0][0], item[1])):
@@ -150,14 +160,13 @@ def ablation(path: Path) -> str:
         row |= {"environment": env_id, "variant": f"`{own}`" if own else "the default"}
         row |= {"seeds": len(found[key])}
         for mode, title in ("one_step", "one step"), ("best_of_n", "best of N"):
+            if not curve(next(iter(found[key].values())), mode)[1]:  # SAC has no candidates
+                row |= {title: "-", f"{title}, minus default": "-"}
+                continue
             ends = [
                 {seed: statistics.fmean(curve(run, mode)[1][-ABLATION_LAST:]) for seed, run in runs}
                 for runs in (found[key].items(), plain[key[:2]].items())
-                if any(row["mode"] == mode for _, run in runs for row in run)
             ]
-            if not ends:  # SAC has no candidates
-                row |= {title: "-", f"{title}, minus default": "-"}
-                continue
             row[title] = across_seeds(list(ends[0].values()))
             paired = [end - ends[1][seed] for seed, end in ends[0].items() if seed in ends[1]]
             row[f"{title}, minus default"] = across_seeds(paired) if own else ""
@@ -166,7 +175,7 @@ def ablation(path: Path) -> str:
         table.append(row)
         episodes |= {len(row["returns"].split()) for run in found[key].values() for row in run}
     ends = [run[-1] for seeds in found.values() for run in seeds.values()]
-    shared = set.intersection(*(set(re.split(r" (?=--)", key[-1])) for key in found)) - {""}
+    shared = set.intersection(*(set(split_flags(key)) for key in found)) - {""}
     flags = f"flags of all: `{' '.join(sorted(shared))}`; " if shared else ""
     updates = " or ".join(f"{n:,}" for n in sorted({int(row["updates"]) for row in ends}))
     note = (
@@ -217,7 +226,7 @@ def success_rates(path: Path) -> str:
         table.append(row)
         ends += [last(run) for run in seeds.values()]
         episodes |= {len(row["returns"].split()) for run in seeds.values() for row in run}
-    shared = set.intersection(*(set(re.split(r" (?=--)", key[-1])) for key in found))
+    shared = set.intersection(*(set(split_flags(key)) for key in found))
     steps = joined_numbers({int(end["global_step"]) for end in ends})
     note = (
         f"Success rates in per cent of {joined_numbers(episodes)} episodes, ± Student's 95% "
