@@ -2,8 +2,10 @@
 
 Run directories may be finished or still growing. The same directories give the same file, in
 whatever order they are named. The flags column holds what differs from the script's defaults.
+CSVs that this wrote elsewhere may stand among the directories: so machines share a campaign.
 
     python benchmark/collect.py runs/* --output benchmark/results/fpmd_online_cpu.csv
+    python benchmark/collect.py here.csv there.csv --output benchmark/results/campaign_cpu.csv
 """
 
 import argparse
@@ -21,6 +23,7 @@ NOT_A_FLAG = {"env_id", "seed", "total_timesteps", "exp_name", "runs_dir", "devi
 NOT_A_FLAG |= {"log_every", "eval_every", "eval_episodes", "checkpoint_every", "capture_video"}
 NOT_A_FLAG |= {"track", "wandb_project_name", "wandb_entity", "resume", "evaluate"}
 NOT_A_FLAG |= {"torch_threads"}
+KEY = "algorithm", "env_id", "flags", "seed"  # what tells one run from another
 VERSIONS = "python", "torch", "gymnasium", "mujoco", "device", "threads", "commit"
 
 
@@ -87,15 +90,29 @@ def read_run(run_dir: Path) -> list[dict]:
     return [run | row | setting for row in csv.DictReader(complete)]
 
 
-def gather(run_dirs: list[Path]) -> dict[tuple, list[dict]]:
+def read_csv(path: Path) -> list[dict]:
+    """The rows of a CSV that this program wrote."""
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"collect.py: error: {path}: {error}")
+    if not rows or not {*KEY, *VERSIONS} <= set(rows[0]):
+        sys.exit(f"collect.py: error: {path} is not a CSV of collect.py")
+    return [row | {"seed": int(row["seed"])} for row in rows]
+
+
+def gather(sources: list[Path]) -> dict[tuple, list[dict]]:
     """The rows of each run under what tells it from the others, in that order; no two alike."""
     runs = {}
-    for run_dir in sorted(run_dirs):
-        if rows := read_run(run_dir):
-            key = tuple(rows[0][name] for name in ("algorithm", "env_id", "flags", "seed"))
-            if key in runs:
-                sys.exit(f"collect.py: error: {run_dir} repeats {key}: name only one of the two")
-            runs[key] = rows
+    for source in sorted(sources):
+        found = {}
+        for row in read_csv(source) if source.suffix == ".csv" else read_run(source):
+            found.setdefault(tuple(row[name] for name in KEY), []).append(row)
+        if twice := set(found) & set(runs):
+            text = f"{source} repeats {min(twice)}: name only one of the two"
+            sys.exit(f"collect.py: error: {text}")
+        runs |= found
     return {key: runs[key] for key in sorted(runs)}
 
 
@@ -114,10 +131,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
+    parser.add_argument("sources", nargs="+", type=Path, metavar="RUN_DIR_OR_CSV")
     parser.add_argument("--output", type=Path, required=True, help="CSV to write, as a whole")
     args = parser.parse_args()
-    if not (runs := gather(args.run_dirs)):
+    if not (runs := gather(args.sources)):
         sys.exit("collect.py: error: nothing to write")
     rows = [row for run in runs.values() for row in run]
     write_csv(rows, args.output)

@@ -232,3 +232,26 @@ def test_the_same_experiment_twice_is_refused(tmp_path):
     runs = [write_run(tmp_path / name, "Ant-v4", 1, [1], [2]) for name in ("first", "second")]
     result = program(ROOT, "collect.py", *runs, "--output", tmp_path / "out.csv")
     assert result.returncode == 1 and "repeats" in result.stderr
+
+
+def test_csvs_of_several_machines_become_one(tmp_path):
+    """As if all runs had been on one; seed 10 comes after 9, also where the seeds are text."""
+    runs = [write_run(tmp_path, "Ant-v4", seed, [1, seed], [2, 3]) for seed in (9, 10, 11)]
+    here, there, whole, merged = (tmp_path / f"{name}.csv" for name in "abcd")
+    program(ROOT, "collect.py", *runs, "--output", whole)
+    program(ROOT, "collect.py", runs[1], "--output", here)
+    program(ROOT, "collect.py", runs[2], "--output", there)
+    result = program(ROOT, "collect.py", there, here, runs[0], "--output", merged)
+    assert result.returncode == 0 and "3 runs" in result.stdout
+    assert merged.read_bytes() == whole.read_bytes()
+    # into one of its own sources
+    result = program(ROOT, "collect.py", here, there, runs[0], "--output", here)
+    assert result.returncode == 0 and here.read_bytes() == whole.read_bytes()
+
+    result = program(ROOT, "collect.py", here, there, "--output", merged)
+    assert result.returncode == 1 and "repeats" in result.stderr
+    (tmp_path / "other.csv").write_text("global_step,updates\n1,2\n")
+    for wrong in "other.csv", "none.csv":
+        result = program(ROOT, "collect.py", tmp_path / wrong, here, "--output", merged)
+        assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+        assert wrong in result.stderr and merged.read_bytes() == whole.read_bytes()
