@@ -137,12 +137,15 @@ def scale(env_id: str) -> tuple[float, float] | None:
     return None if low is None or row is None else (low, float(row["return_mean"]))
 
 
-def scores(curves: Curves, algorithm: str, env_ids: list[str]) -> Scores:
-    """Normalised final returns of its runs."""
-    found = []
+def scores(curves: Curves, algorithms: list[str], env_ids: list[str]) -> dict[str, Scores]:
+    """Normalised final returns of their runs, on each task at the last step that all reached."""
+    found = {name: [] for name in algorithms}
     for env_id in env_ids:
         low, high = scale(env_id)
-        found.append((final(runs(curves, env_id, algorithm)) - low) / (high - low))
+        own = {name: runs(curves, env_id, name) for name in algorithms}
+        step = common_step(*own.values())
+        for name in algorithms:
+            found[name].append((final(own[name], step) - low) / (high - low))
     return found
 
 
@@ -155,7 +158,9 @@ def beats(curves: Curves, algorithm: str, other: str) -> tuple[str, int] | None:
     """Probability of improvement with its interval, and over how many tasks: it needs no scale."""
     if not (env_ids := shared(curves, [algorithm, other])):
         return None
-    groups = [[final(runs(curves, e, name)) for e in env_ids] for name in (algorithm, other)]
+    pairs = [[runs(curves, e, name) for name in (algorithm, other)] for e in env_ids]
+    ends = [[final(own, common_step(*pair)) for own in pair] for pair in pairs]
+    groups = [list(group) for group in zip(*ends, strict=True)]
     ends = bootstrap(probability_of_improvement, *groups)
     return bracketed(probability_of_improvement(*groups), ends), len(env_ids)
 
@@ -376,9 +381,10 @@ def across_tasks(path: Path) -> str:
     """IQM and mean of normalised final returns."""
     curves, table = load(path), []
     for env_ids, algorithms in blocks(curves):
-        for algorithm in algorithms:
-            own = scores(curves, algorithm, env_ids)
+        steps = {common_step(*(runs(curves, e, a) for a in algorithms)) for e in env_ids}
+        for algorithm, own in scores(curves, algorithms, env_ids).items():
             line = {"tasks": len(env_ids), "algorithm": ALGORITHMS[algorithm].name}
+            line["steps"] = " or ".join(f"{step:,.0f}" for step in sorted(steps))
             line["runs"] = sum(map(len, own))
             if any(len(task) > 1 for task in own):
                 ends = bootstrap(interquartile_mean, own)
@@ -390,7 +396,7 @@ def across_tasks(path: Path) -> str:
         return "No task with a scale that all algorithms have run on yet."
     counts = " and ".join(f"{len(tasks)}: {', '.join(tasks)}" for tasks, _ in blocks(curves))
     unscaled = [env_id for env_id in tasks_of(curves) if not scale(env_id)]
-    note = f"Tasks: {counts}."
+    note = f"Tasks: {counts}; on each, all up to the last step that all their runs have reached."
     if unscaled:
         note += f" Without a published SAC return, so not counted: {', '.join(unscaled)}."
     note += f" In brackets the 95% interval of {RESAMPLES:,} stratified bootstrap samples."
@@ -410,7 +416,10 @@ def improvement(path: Path) -> str:
         table.append(line)
     if not table:
         return "No runs yet."
-    note = "In brackets the bootstrap's 95% interval, then the number of tasks that both have run."
+    note = (
+        "At the last step that both have reached on a task. In brackets the bootstrap's 95% "
+        "interval, then the number of tasks that both have run."
+    )
     return f"{markdown(table)}\n\n{note}"
 
 
@@ -572,7 +581,7 @@ def draw_across_tasks(path: Path, output: Path) -> None:
         print(f"{output.name} left out: no task with a scale that all algorithms have run on")
         return
     env_ids, algorithms = found[0]
-    own = {name: scores(curves, name, env_ids) for name in algorithms}
+    own = scores(curves, algorithms, env_ids)
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(8, 2.9), layout="constrained", width_ratios=(1, 1.4)
     )

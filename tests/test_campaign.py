@@ -330,12 +330,24 @@ def test_words_and_numbers_of_a_finished_campaign(copy):
     assert changed == {f"campaign-cpu-{name}" for name in set(TABLES) - {"protocol"}}
 
 
+def test_budgets_that_differ_are_compared_at_equal_steps(copy):
+    """After 50,000 steps SAC leads; MVP's further 50,000 count nowhere that SAC stands beside."""
+    long = run_rows("mvp_online", "Ant-v4", 1, range(100, 1100, 100))
+    page = report(copy, long, run_rows("sac_online", "Ant-v4", 1, range(150, 900, 150)))
+    mvp, sac = rows_of(page, "across")
+    assert [row["steps"] for row in (mvp, sac)] == ["50,000"] * 2
+    scores = [f"{(level + 46.8728) / 5780.6728:.2f}" for level in (300, 450)]  # of five each
+    assert [row["mean"] for row in (mvp, sac)] == scores
+    assert rows_of(page, "improvement")[0]["SAC"] == "0.00 [0.00, 0.00], 1"
+    assert rows_of(page, "tasks")[0]["last five"] == "800"
+
+
 def test_scores_run_from_random_to_published_sac(campaign):
     module = importlib.import_module("campaign_report")
     levels = [-46.8728, 5733.8, (5733.8 - 46.8728) / 2]
     runs = [run_rows("sac_online", "Ant-v4", seed, [x]) for seed, x in enumerate(levels)]
     curves = campaign.read_curves([row for run in runs for row in run])
-    (scores,) = module.scores(curves, "sac_online", ["Ant-v4"])
+    (scores,) = module.scores(curves, ["sac_online"], ["Ant-v4"])["sac_online"]
     assert scores == pytest.approx([0, 1, 0.5])
     assert module.scale("Reacher-v4") is None
 
