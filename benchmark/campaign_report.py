@@ -41,6 +41,7 @@ from formatting import (
     commits,
     digits,
     hardware,
+    hours,
     joined_numbers,
     label_ends,
     markdown,
@@ -246,12 +247,11 @@ def per_task(path: Path) -> str:
             steps, planned = int(common_step(found)), int(end["total_timesteps"])
             finished = all(curve.finished for curve in found)
             waiting |= not finished
-            hours = statistics.fmean(curve.seconds[-1] for curve in found) / 3600
             line = {"environment": env_id, "algorithm": ALGORITHMS[algorithm].name}
             line |= {"policy": mode_name(algorithm, mode), "seeds": len(found)}
             line |= {"steps": f"{steps:,}" if finished else f"{steps:,} of {planned:,}"}
             line |= {"updates": f"{int(end['updates']):,}"}
-            line["hours"] = f"{hours:.1f}" if hours >= 1 else f"{hours:.2f}"
+            line["hours"] = hours(statistics.fmean(curve.seconds[-1] for curve in found))
             line["last five"] = across_seeds(list(final(found)))
             line["best"] = across_seeds(list(best(found)))
             row = published_numbers(env_id, algorithm)
@@ -574,7 +574,7 @@ def most_seeds(curves: Curves) -> int:
 
 
 def draw_across_tasks(path: Path, output: Path) -> None:
-    """IQM with intervals on the left, performance profiles on the right."""
+    """IQM with intervals on the left, performance profiles in the same colours on the right."""
     curves, plt = load(path), pyplot()
     found = [block for block in blocks(curves) if len(block[1]) > 1] or blocks(curves)
     if not found:
@@ -600,16 +600,11 @@ def draw_across_tasks(path: Path, output: Path) -> None:
         dashes = "-" if name in ONE_STEP else (0, (4, 1.2))
         right.plot(thresholds, share, color=style.colour, lw=1.5, ls=dashes)
         right.fill_between(thresholds, *band, color=style.colour, alpha=0.12, lw=0)
-        # every label at a height of its own, where its curve passes there
-        height = 0.9 - 0.75 * i / max(1, len(own) - 1)
-        at = thresholds[np.flatnonzero(share >= height)[-1]]
-        text = right.annotate(style.name, (at, height), (4, 0), textcoords="offset points",
-                              color=style.colour, va="center", fontsize=8)  # fmt: skip
-        text.set_bbox({"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 0.6})
     left.set_yticks(range(len(own)), [ALGORITHMS[name].name for name in own])
     for label, name in zip(left.get_yticklabels(), own, strict=True):
         label.set_color(ALGORITHMS[name].colour)
     left.set_ylim(len(own) - 0.5, -0.7)
+    left.set_xlim(min(0, left.get_xlim()[0]))
     left.set_xlabel("interquartile mean of scores")
     left.grid(axis="x", color="0.93")
     left.spines["left"].set_visible(False)
@@ -657,7 +652,7 @@ def draw_one_step_against_n(path: Path, output: Path) -> None:
         panel.set_ylim(len(own) - 0.5, -0.5)
         panel.set_title(env_id, fontsize=9, loc="left")
         panel.xaxis.set_major_locator(plt.MaxNLocator(4))
-        panel.xaxis.set_major_formatter(lambda x, _: f"{x:+,.0f}" if x else "0")
+        panel.xaxis.set_major_formatter(lambda x, _: f"{x:+,g}" if x else "0")
         panel.tick_params(axis="y", length=0)
         panel.tick_params(labelsize=8)
         panel.spines["left"].set_visible(False)
@@ -690,10 +685,10 @@ for name in "cpu", "pendulum", "cuda":
     figures = {
         "steps": (draw_curves, "Return against steps"),
         "time": (partial(draw_curves, against="seconds"), "Return against wall time"),
-        "one_step": (draw_one_step_against_n, "One step minus best of N"),
     }
     if name != "pendulum":  # a single task
         tables |= {"across": across_tasks, "improvement": improvement}
+        figures["one_step"] = draw_one_step_against_n, "One step minus best of N"
         figures["across"] = draw_across_tasks, "IQM, performance profiles"
     for figure, (draw, alt) in figures.items():
         DRAWINGS[f"campaign_{name}_{figure}.png"] = draw, source

@@ -46,6 +46,11 @@ def joined_numbers(numbers: set[int]) -> str:
     return " or ".join(map(str, sorted(numbers)))
 
 
+def hours(seconds: float) -> str:
+    """Of a run: 1.4, or 0.07 where it took less than one."""
+    return f"{seconds / 3600:.{1 if seconds >= 3600 else 2}f}"
+
+
 def steps_of(row: dict) -> str:
     """Environment steps of a published number, which not every source states."""
     return f"{int(row['env_steps']):,}" if row["env_steps"] else "?"

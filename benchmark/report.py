@@ -28,6 +28,7 @@ from formatting import (
     commits,
     digits,
     hardware,
+    hours,
     joined,
     joined_numbers,
     label_ends,
@@ -99,7 +100,7 @@ def results(path: Path) -> str:
             "steps": f"{steps:,}" if steps == planned else f"{steps:,} of {planned:,}",
             "updates": f"{int(end['updates']):,}",
             "seeds": len(seeds),
-            "hours": f"{statistics.fmean(float(e['wall_time']) for e in ends) / 3600:.1f}",
+            "hours": hours(statistics.fmean(float(e["wall_time"]) for e in ends)),
         }
         for mode, title in ("one_step", "one step"), ("best_of_n", "best of N"):
             curves = [curve(run, mode)[1] for run in seeds.values()]
