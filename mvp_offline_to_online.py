@@ -1,4 +1,4 @@
-"""MVP, offline-to-online: pre-train a mean velocity policy on a dataset, then fine-tune it online.
+r"""MVP, offline-to-online: pre-train a mean velocity policy on a dataset, then fine-tune it online.
 
 Policy, jump and loss are those of mvp_online.py, which is the better one to start reading with.
 What is different: a dataset of a sparse-reward task fills the replay buffer before anything is
@@ -16,7 +16,7 @@ h-step TD target. The method comes first.
 Here e ~ N(0, I), z_t = (1 - t) e + t a, v = a - e for a chunk a of the buffer, Q is a mean of two
 and Q' its slow copy. What a chunk holds from after the end of its episode counts for nothing.
 
-    python mvp_offline_to_online.py --env-id ogbench:cube-double-singletask-task2-v0 \\
+    python mvp_offline_to_online.py --env-id ogbench:cube-double-singletask-task2-v0 \
         --dataset cube-double-play-singletask-task2-v0
     python mvp_offline_to_online.py --evaluate runs/<run>/policy.pt --eval-episodes 50
 
@@ -72,7 +72,7 @@ class Args:
     wandb_project_name: str = "one-step-flow-rl"  # project on Weights & Biases
     wandb_entity: str | None = None  # team on Weights & Biases
     resume: str | None = None  # checkpoint.pt or a run directory to go on with
-    evaluate: str | None = None  # policy.pt to replay with one step per action, without training
+    evaluate: str | None = None  # policy.pt to replay, one jump per chunk, without training
     # --- algorithm: defaults are the published setting, as far as it is known ---
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # rate of the slow copies of the critics
@@ -85,7 +85,7 @@ class Args:
     flow_steps: int = 1  # T, jumps per generated action (NFE) while training
     ivc_coef: float = 1.0  # lambda, weight of the instantaneous velocity constraint
     imitation_target: Literal["best_of_n", "replay"] = "replay"  # a: TD action, or the buffer's
-    prior_std: float = 1.0  # std of the noise that actions are generated from
+    prior_std: float = 1.0  # std of e when sampling; training always draws e ~ N(0, I)
     noise_scale: float = 0.0  # std of exploration noise added to every candidate
     reward_scale: float = 1.0  # rewards are multiplied by this
     critic_lr: float = 3e-4  # Adam step size of the critics
@@ -305,11 +305,16 @@ class SeededEpisodes(gym.Wrapper):
         key = self.episode["seed"], self.index, self.episode["count"]
         seed = int(np.random.SeedSequence(key).generate_state(1)[0])
         np.random.seed(seed)  # noqa: NPY002  OGBench's mazes draw from the global generator
-        return self.env.reset(seed=seed, options=options)
+        result = self.env.reset(seed=seed, options=options)
+        self.random_state = np.random.get_state()  # noqa: NPY002  of this env's own stream of it
+        return result
 
     def step(self, action: np.ndarray):
         self.episode["actions"].append(action.copy())
-        return self.env.step(action)
+        np.random.set_state(self.random_state)  # noqa: NPY002
+        result = self.env.step(action)
+        self.random_state = np.random.get_state()  # noqa: NPY002
+        return result
 
     def restore(self, episodes: list[dict]) -> np.ndarray:
         """Play back this env's entry of episodes (one per env) and return the last observation."""
@@ -325,6 +330,8 @@ def make_env(env_id: str, index: int = 0, film: bool = False) -> gym.Env:
     """Flat float32 observations, actions in [-1, 1]; what cannot be trained on is refused."""
     # papers report the outdated v4; float32 is what the networks want, infinite bounds included
     warnings.filterwarnings("ignore", ".*(is out of date|precision lowered|overflow encountered).*")
+    if torch.multiprocessing.parent_process():  # a worker: Ctrl-C is for the run, which saves
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     mujoco = metadata.version("mujoco")
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "disable")  # else dm_control warns: there is no screen
@@ -341,7 +348,7 @@ def make_env(env_id: str, index: int = 0, film: bool = False) -> gym.Env:
         env.unwrapped.mujoco_renderer.camera_id = 0  # follow: the default one stays where it is
     space, actions, Box = env.observation_space, env.action_space, gym.spaces.Box
     leaves = space.values() if isinstance(space, gym.spaces.Dict) else [space]
-    if not (isinstance(actions, Box) and actions.is_bounded() and actions.shape[1:] == ()):
+    if not (isinstance(actions, Box) and actions.is_bounded() and len(actions.shape) == 1):
         fail(f"{env_id} has actions {actions}; only bounded vectors of numbers (Box) will do")
     if not all(isinstance(leaf, Box) and leaf.dtype.kind == "f" for leaf in leaves):
         fail(f"{env_id} has observations {space}; only vectors of numbers will do, images will not")
@@ -495,7 +502,7 @@ def load_dataset(args: Args) -> list[np.ndarray]:
     terminations = 1 - data["masks"]  # success; data["terminals"] are the ends of trajectories
     actions = data["actions"].clip(-1 + 1e-5, 1 - 1e-5)
     steps = data["observations"], actions, data["rewards"], data["next_observations"]
-    return [*steps, terminations, np.maximum(data["terminals"], terminations)]
+    return [*steps, terminations, data["terminals"]]  # a demonstration goes on after success
 
 
 def evaluate(agent: Agent, envs, args: Args, mode: str, film: Path, stop=()) -> dict:
@@ -630,13 +637,11 @@ def check_args(args: Args) -> torch.device:
         fail(f"{args.env_id} needs OGBench: pip install ogbench==1.2.2")
     if args.offline_steps + args.utd * (args.total_timesteps - args.learning_starts) < 1:
         fail(f"--utd {args.utd} gives no update; raise it or --offline-steps")
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(auto if args.device == "auto" else args.device)
-        torch.empty(0, device=device)
+        return torch.empty(0, device=auto if args.device == "auto" else args.device).device
     except (RuntimeError, AssertionError):
         fail(f"--device {args.device} is not to be had here; --device auto takes what there is")
-    return device
 
 
 def parse_args(argv: list[str] | None = None) -> Args:

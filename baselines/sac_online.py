@@ -321,6 +321,8 @@ def make_env(env_id: str, index: int = 0, film: bool = False) -> gym.Env:
     """Flat float32 observations, actions in [-1, 1]; what cannot be trained on is refused."""
     # papers report the outdated v4; float32 is what the networks want, infinite bounds included
     warnings.filterwarnings("ignore", ".*(is out of date|precision lowered|overflow encountered).*")
+    if torch.multiprocessing.parent_process():  # a worker: Ctrl-C is for the run, which saves
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     mujoco = metadata.version("mujoco")
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "disable")  # else dm_control warns: there is no screen
@@ -337,7 +339,7 @@ def make_env(env_id: str, index: int = 0, film: bool = False) -> gym.Env:
         env.unwrapped.mujoco_renderer.camera_id = 0  # follow: the default one stays where it is
     space, actions, Box = env.observation_space, env.action_space, gym.spaces.Box
     leaves = space.values() if isinstance(space, gym.spaces.Dict) else [space]
-    if not (isinstance(actions, Box) and actions.is_bounded() and actions.shape[1:] == ()):
+    if not (isinstance(actions, Box) and actions.is_bounded() and len(actions.shape) == 1):
         fail(f"{env_id} has actions {actions}; only bounded vectors of numbers (Box) will do")
     if not all(isinstance(leaf, Box) and leaf.dtype.kind == "f" for leaf in leaves):
         fail(f"{env_id} has observations {space}; only vectors of numbers will do, images will not")
@@ -423,7 +425,7 @@ def accelerate(agent, args: Args, device: torch.device) -> None:
 
 @torch.no_grad()
 def for_one_step(policy: GaussianPolicy) -> GaussianPolicy:
-    """A copy that gives the mean whatever the noise, faster: of the log std nothing is computed."""
+    """A copy that gives the mean whatever the noise, faster: no std, no log-probability."""
     folded = copy.deepcopy(policy)
     plain = nn.Sequential(*folded.net)
     folded.forward = lambda obs, e: (plain(obs)[:, : policy.act_dim], None)
@@ -586,13 +588,11 @@ def check_args(args: Args) -> torch.device:
         fail(f"--log-std-range {low} {high} must be finite and rise")
     if args.utd * (args.total_timesteps - args.learning_starts) < 1:
         fail(f"--utd {args.utd} gives no update; raise it or --total-timesteps")
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(auto if args.device == "auto" else args.device)
-        torch.empty(0, device=device)
+        return torch.empty(0, device=auto if args.device == "auto" else args.device).device
     except (RuntimeError, AssertionError):
         fail(f"--device {args.device} is not to be had here; --device auto takes what there is")
-    return device
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -636,7 +636,7 @@ def main(args: Args) -> Path | None:
             fail(f"{file} was written on {saved['device']} and can only go on there")
     if args.capture_video and not {"DISPLAY", "MUJOCO_GL"} & set(os.environ):
         choose_opengl()
-    envs = make_envs(args.env_id, args.num_envs, args.async_envs)  # first, because it may fork
+    envs = make_envs(args.env_id, args.num_envs, args.async_envs)  # first, as it may fork
     eval_envs = make_envs(args.env_id, args.eval_episodes, film=args.capture_video)
     obs_dim, act_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     torch.manual_seed(args.seed)  # the networks' initial weights

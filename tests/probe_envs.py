@@ -133,6 +133,10 @@ class Unbounded(Probe):
     action_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
 
 
+class Scalar(Probe):
+    action_space = gym.spaces.Box(-1, 1, ())
+
+
 class Image(Probe):
     observation_space = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
 
@@ -156,5 +160,5 @@ LIMITS = {Endless: 8}
 for env in (Constant, Observed, Delayed, Acted, Both, Endless, Coded, Succeeding):
     limit = LIMITS.get(env)
     gym.register(f"{env.__name__}-v0", env, max_episode_steps=limit, disable_env_checker=True)
-for env in (Unbounded, Image, Named):
+for env in (Unbounded, Scalar, Image, Named):
     gym.register(f"{env.__name__}-v0", env, disable_env_checker=True)

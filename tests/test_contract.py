@@ -120,6 +120,7 @@ def test_documented_offline_commands_parse(command):
         ("--env-id no_such_module:Env-v0", "No module named 'no_such_module'"),
         ("--env-id CartPole-v1", "Discrete(2)"),
         ("--env-id probe_envs:Unbounded-v0", "only bounded vectors"),
+        ("--env-id probe_envs:Scalar-v0", "only bounded vectors"),
         ("--env-id probe_envs:Image-v0", "images will not"),
         ("--env-id Pusher-v4", "mujoco<3"),
         ("--env-id CarRacing-v3", "Box2D is not installed"),

@@ -1,5 +1,6 @@
 """A run that was stopped and resumed equals one that was not, bit for bit (on CPU)."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -68,6 +69,22 @@ def test_asynchronous_envs_resume_as_well(script, run):
     )
     found = differences(load(straight), load(resumed))
     assert found == ["/args/async_envs"]
+
+
+@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
+def test_ctrl_c_reaches_the_workers_as_well_and_the_run_is_saved(script, tmp_path):
+    """A terminal sends SIGINT to the processes of the simulators too; they leave it to the run."""
+    settings = known(script, SMALL) | {"env_id": "Hopper-v4", "total_timesteps": 1_000_000}
+    settings["async_envs"] = True
+    command = [sys.executable, str(FILES[script.__name__]), *as_flags(settings)]
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
+    deadline = time.time() + 60
+    while not list(tmp_path.glob("runs/*/metrics.csv")) and time.time() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 128 + signal.SIGINT
+    (run_dir,) = tmp_path.glob("runs/*")
+    assert load(run_dir)["global_step"] > 100
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
