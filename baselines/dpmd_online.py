@@ -702,7 +702,7 @@ def main(args: Args) -> Path | None:
             fail(f"{file} was written on {saved['device']} and can only go on there")
     if args.capture_video and not {"DISPLAY", "MUJOCO_GL"} & set(os.environ):
         choose_opengl()
-    envs = make_envs(args.env_id, args.num_envs, args.async_envs)  # first, as it may fork
+    envs = make_envs(args.env_id, args.num_envs, args.async_envs)  # first, because it may fork
     eval_envs = make_envs(args.env_id, args.eval_episodes, film=args.capture_video)
     obs_dim, act_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     torch.manual_seed(args.seed)  # the networks' initial weights

@@ -138,15 +138,20 @@ def scale(env_id: str) -> tuple[float, float] | None:
     return None if low is None or row is None else (low, float(row["return_mean"]))
 
 
+def finals(curves: Curves, algorithms: list[str], env_id: str) -> tuple[float, list[np.ndarray]]:
+    """The last step that all their runs have reached, and each algorithm's final returns there."""
+    found = [runs(curves, env_id, name) for name in algorithms]
+    step = common_step(*found)
+    return step, [final(own, step) for own in found]
+
+
 def scores(curves: Curves, algorithms: list[str], env_ids: list[str]) -> dict[str, Scores]:
-    """Normalised final returns of their runs, on each task at the last step that all reached."""
+    """Normalised final returns of their runs, on each task at equal steps."""
     found = {name: [] for name in algorithms}
     for env_id in env_ids:
         low, high = scale(env_id)
-        own = {name: runs(curves, env_id, name) for name in algorithms}
-        step = common_step(*own.values())
-        for name in algorithms:
-            found[name].append((final(own[name], step) - low) / (high - low))
+        for name, returns in zip(algorithms, finals(curves, algorithms, env_id)[1], strict=True):
+            found[name].append((returns - low) / (high - low))
     return found
 
 
@@ -159,9 +164,8 @@ def beats(curves: Curves, algorithm: str, other: str) -> tuple[str, int] | None:
     """Probability of improvement with its interval, and over how many tasks: it needs no scale."""
     if not (env_ids := shared(curves, [algorithm, other])):
         return None
-    pairs = [[runs(curves, e, name) for name in (algorithm, other)] for e in env_ids]
-    ends = [[final(own, common_step(*pair)) for own in pair] for pair in pairs]
-    groups = [list(group) for group in zip(*ends, strict=True)]
+    pairs = [finals(curves, [algorithm, other], env_id)[1] for env_id in env_ids]
+    groups = [list(group) for group in zip(*pairs, strict=True)]
     ends = bootstrap(probability_of_improvement, *groups)
     return bracketed(probability_of_improvement(*groups), ends), len(env_ids)
 
@@ -381,7 +385,7 @@ def across_tasks(path: Path) -> str:
     """IQM and mean of normalised final returns."""
     curves, table = load(path), []
     for env_ids, algorithms in blocks(curves):
-        steps = {common_step(*(runs(curves, e, a) for a in algorithms)) for e in env_ids}
+        steps = {finals(curves, algorithms, env_id)[0] for env_id in env_ids}
         for algorithm, own in scores(curves, algorithms, env_ids).items():
             line = {"tasks": len(env_ids), "algorithm": ALGORITHMS[algorithm].name}
             line["steps"] = " or ".join(f"{step:,.0f}" for step in sorted(steps))
