@@ -421,10 +421,9 @@ def accelerate(agent, args: Args, device: torch.device) -> None:
         print(f"going on without --compile: {str(error).splitlines()[0]}", file=sys.stderr)
         return
     # one layer's float32 activations then fill a megabyte per thread, a usual cache
-    rows = torch.get_num_threads() * 2**20 // 4
+    rows = torch.get_num_threads() * 2**20 // 4 // args.hidden_dim
     for network, dim in (agent.policy, 0), (agent.critic, 1), (agent.target_critic, 1):
-        compiled = torch.compile(network.forward, dynamic=False)
-        network.forward = in_blocks(compiled, dim, rows // args.hidden_dim)
+        network.forward = in_blocks(torch.compile(network.forward, dynamic=False), dim, rows)
     agent.policy_loss = torch.compile(agent.policy_loss, dynamic=False)
     if device.type == "cuda":
         agent.act, agent.learn = Captured(agent.act), Captured(agent.learn)
@@ -710,9 +709,10 @@ def main(args: Args) -> Path | None:
     run_dir, rows = logger.run_dir, args.batch_size * args.num_candidates
     print(f"{args.env_id}: {obs_dim} observations, {act_dim} actions; writing to {run_dir}")
     print(f"one update evaluates {rows * args.flow_steps:,} policy rows, {2 * rows:,} critic rows")
+    # compilers inherit this and outlive a terminal's Ctrl-C, which the writer's thread lets in
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     if args.compile:
         accelerate(agent, args, device)
-
     stop, stopping, start = [], False, time.perf_counter() - start
     for signum in signal.SIGINT, signal.SIGTERM:  # one finishes the step and saves, two kill
         signal.signal(signum, lambda s, _: sys.exit(128 + s) if stop else stop.append(s))
@@ -774,6 +774,7 @@ def main(args: Args) -> Path | None:
         if saving or stopping:
             row |= {"metrics": metrics, "plan": torch.tensor(np.array(plan))}
             save_run(run_dir, args, agent, buffer, envs, rng, row)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     for resource in bar, logger.writer, envs, eval_envs:
         resource.close()
     if stopping:

@@ -412,10 +412,9 @@ def accelerate(agent, args: Args, device: torch.device) -> None:
         print(f"going on without --compile: {str(error).splitlines()[0]}", file=sys.stderr)
         return
     # one layer's float32 activations then fill a megabyte per thread, a usual cache
-    rows = torch.get_num_threads() * 2**20 // 4
+    rows = torch.get_num_threads() * 2**20 // 4 // args.hidden_dim
     for network, dim in (agent.policy, 0), (agent.critic, 1), (agent.target_critic, 1):
-        compiled = torch.compile(network.forward, dynamic=False)
-        network.forward = in_blocks(compiled, dim, rows // args.hidden_dim)
+        network.forward = in_blocks(torch.compile(network.forward, dynamic=False), dim, rows)
     agent.policy_loss = torch.compile(agent.policy_loss, dynamic=False)
     if device.type == "cuda":
         agent.act, agent.learn = Captured(agent.act), Captured(agent.learn)
@@ -655,9 +654,10 @@ def main(args: Args) -> Path | None:
     logger = RunLogger(args, device, file and file.parent, global_step)
     run_dir = logger.run_dir
     print(f"{args.env_id}: {obs_dim} observations, {act_dim} actions; writing to {run_dir}")
+    # compilers inherit this and outlive a terminal's Ctrl-C, which the writer's thread lets in
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     if args.compile:
         accelerate(agent, args, device)
-
     stop, stopping, start = [], False, time.perf_counter() - start
     for signum in signal.SIGINT, signal.SIGTERM:  # one finishes the step and saves, two kill
         signal.signal(signum, lambda s, _: sys.exit(128 + s) if stop else stop.append(s))
@@ -671,8 +671,7 @@ def main(args: Args) -> Path | None:
         actions = actions.cpu().numpy()
         global_step += args.num_envs
 
-        # learn, while GPU or processes overlap it with the simulators, from what is stored so far;
-        # the number of updates follows from utd alone, whatever num_envs is
+        # learn from what is stored so far, while GPU or processes overlap it with the simulators
         if args.async_envs:
             envs.step_async(actions)
         while agent.updates < int(args.utd * (global_step - args.learning_starts) + 1e-9):
@@ -716,6 +715,7 @@ def main(args: Args) -> Path | None:
         stopping = bool(stop)  # decided once: a signal from here on waits for the next step
         if saving or stopping:
             save_run(run_dir, args, agent, buffer, envs, rng, row | {"metrics": metrics})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     for resource in bar, logger.writer, envs, eval_envs:
         resource.close()
     if stopping:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FILES, MODES_OF, SMALL, as_flags, known, load
+from conftest import COMPILER, FILES, MODES_OF, SMALL, as_flags, known, load
 
 ENVS = ["Ant-v4", "Humanoid-v4", "Walker2d-v5", "dm_control/cheetah-run-v0"]
 
@@ -83,6 +83,38 @@ def test_ctrl_c_reaches_the_workers_as_well_and_the_run_is_saved(script, tmp_pat
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 128 + signal.SIGINT
+    (run_dir,) = tmp_path.glob("runs/*")
+    assert load(run_dir)["global_step"] > 100
+
+
+@COMPILER
+@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
+def test_ctrl_c_spares_the_compiler_and_the_run_is_saved(script, tmp_path):
+    """A terminal sends SIGINT to the C++ compiler of the first update too, which must not die."""
+    cxx, updating, compiling = (tmp_path / name for name in ("cxx", "updating", "compiling"))
+    cxx.write_text(f'#!/bin/sh\n[ -e {updating} ] && : >{compiling}\nexec g++ "$@"\n')
+    cxx.chmod(0o755)
+    (tmp_path / "run.py").write_text(
+        "import pathlib, fpmd_online as script\n"
+        "update = script.update\n"
+        f"marked = lambda *args: [pathlib.Path({str(updating)!r}).touch(), update(*args)][1]\n"
+        "script.update = marked\n"
+        "script.main(script.parse_args())\n"
+    )
+    settings = known(script, SMALL) | {"env_id": "Hopper-v4", "total_timesteps": 1_000_000}
+    env = {"CXX": str(cxx), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    env |= {"PYTHONPATH": str(FILES["fpmd_online"].parent)}
+    process = subprocess.Popen(
+        [sys.executable, "run.py", *as_flags(settings | {"compile": True})],
+        cwd=tmp_path,
+        env=os.environ | env,
+        start_new_session=True,
+    )
+    deadline = time.time() + 100
+    while not compiling.exists() and time.time() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(100) == 128 + signal.SIGINT and compiling.exists()
     (run_dir,) = tmp_path.glob("runs/*")
     assert load(run_dir)["global_step"] > 100
 
