@@ -677,7 +677,7 @@ def image(alt: str, name: str) -> Callable[[Path], str]:
 
 
 TABLES, DRAWINGS = {}, {}  # {name: (what writes it, CSV)}, {figure: (what draws it, CSV)}
-for name in "cpu", "pendulum", "cuda":
+for name in "cpu", "pendulum", "cartpole", "cuda":
     source = f"campaign_{name}.csv"
     tables = {
         "protocol": protocol,
@@ -690,7 +690,7 @@ for name in "cpu", "pendulum", "cuda":
         "steps": (draw_curves, "Return against steps"),
         "time": (partial(draw_curves, against="seconds"), "Return against wall time"),
     }
-    if name != "pendulum":  # a single task
+    if name in ("cpu", "cuda"):  # several tasks
         tables |= {"across": across_tasks, "improvement": improvement}
         figures["one_step"] = draw_one_step_against_n, "One step minus best of N"
         figures["across"] = draw_across_tasks, "IQM, performance profiles"
