@@ -240,6 +240,34 @@ def protocol(path: Path) -> str:
     return f"{markdown(lines)}\n\nEvaluations of {joined_numbers(episodes)} episodes."
 
 
+def overview(path: Path) -> str:
+    """A row per algorithm with its final returns on each task, at equal steps, and what it cost."""
+    curves = load(path)
+    lines, steps = {}, set()
+    for name in algorithms_of(curves):
+        own = [curve for env_id in tasks_of(curves) for curve in runs(curves, env_id, name)]
+        row, style = own[0].last_row, ALGORITHMS[name]
+        lines[name] = {"algorithm": style.name, "policy": mode_name(name, style.modes[0])}
+        lines[name]["evaluations an action"] = int(row["nfe"]) * int(row["num_candidates"])
+        lines[name] |= dict.fromkeys(tasks_of(curves), "-")
+        minutes = statistics.fmean(curve.seconds[-1] for curve in own) / 60
+        lines[name]["minutes a run"] = f"{minutes:,.0f}"
+    for env_id in tasks_of(curves):
+        there = [name for name in lines if runs(curves, env_id, name)]
+        step, returns = finals(curves, there, env_id)
+        steps.add(step)
+        for name, values in zip(there, returns, strict=True):
+            lines[name][env_id] = across_seeds(list(values))
+    seeds = {len(found) for found in curves.values()}
+    note = (
+        f"The mean of the last {LAST} evaluations up to step "
+        f"{' or '.join(f'{step:,.0f}' for step in sorted(steps))}, {joined_numbers(seeds)} "
+        f"seed{'s' * (seeds != {1})}, ± Student's 95% interval. Evaluations: of the policy's "
+        "network, for an action. A hyphen: not run."
+    )
+    return f"{markdown(list(lines.values()))}\n\n{note}"
+
+
 def per_task(path: Path) -> str:
     """Final and best returns of every algorithm on every task, published ones beside them."""
     curves, table, waiting = load(path), [], False
@@ -680,6 +708,7 @@ TABLES, DRAWINGS = {}, {}  # {name: (what writes it, CSV)}, {figure: (what draws
 for name in "cpu", "pendulum", "cartpole", "cuda":
     source = f"campaign_{name}.csv"
     tables = {
+        "overview": overview,
         "protocol": protocol,
         "tasks": per_task,
         "one-step": one_step_against_n,

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-TABLES = ["protocol", "tasks", "one-step", "standing", "differences", "across", "improvement"]
+TABLES = ["overview", "protocol", "tasks", "one-step", "standing", "differences", "across"]
+TABLES += ["improvement"]
 MODES = {
     "fpmd_online": ("one_step", "best_of_n"),
     "fpmd_meanflow_online": ("one_step", "best_of_n"),
@@ -287,6 +288,9 @@ def test_young_campaigns_have_fewer_rows_and_no_interval(copy):
     blocks = [(r["tasks"], r["algorithm"]) for r in rows_of(page, "across")]
     assert blocks == [("2", "MVP"), ("1", "MVP"), ("1", "SAC")]
     assert "Without a published SAC return, so not counted: Reacher-v4" in page
+    mvp, sac = rows_of(page, "overview")
+    assert [sac[env_id] for env_id in ("Ant-v4", "Hopper-v4", "Reacher-v4")] == ["55.0", "-", "1.0"]
+    assert mvp["Hopper-v4"] == "101" and "up to step 20,000 or 100,000, 1 seed, ±" in page
 
 
 def test_words_and_numbers_of_a_finished_campaign(copy):
@@ -320,6 +324,14 @@ def test_words_and_numbers_of_a_finished_campaign(copy):
     # between random, -46.87, and SAC's published 5733.8; 16.20 and 2787.1
     score = ((1002 + 46.8728) / 5780.6728 + (1002 - 16.1979) / 2770.9021) / 2
     assert rows_of(page, "across")[0]["mean"] == f"{score:.2f}"
+    fpmd, sac, dpmd = rows_of(page, "overview")
+    assert list(fpmd.values()) == ["FPMD-R", "one step", "1", "1,002 ± 2.5", "1,002 ± 2.5", "120"]
+    assert (sac["policy"], sac["minutes a run"], sac["evaluations an action"]) == (
+        "mean action",
+        "60",
+        "1",
+    )
+    assert (dpmd["evaluations an action"], dpmd["Ant-v4"]) == ("160", "1,812 ± 2.5")
     # and a number that changes is noticed
     path = copy / "benchmark" / "results" / "campaign_cpu.csv"
     path.write_text(path.read_text().replace("1001,1.0", "2001,1.0"))
