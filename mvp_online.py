@@ -32,6 +32,7 @@ import timeit
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib import metadata
@@ -88,7 +89,7 @@ class Args:
     # --- speed: how it is computed ---
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, mps
     compile: bool = True  # compile, and on CUDA capture, an update; the first ones take a minute
-    precision: Literal["float32", "bfloat16"] = "float32"  # of generating candidates in updates
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"  # bfloat16: in generating
     torch_threads: int = 0  # CPU threads of torch, 0: at most 8; give 1 to side-by-side runs
     async_envs: bool = False  # one process per environment (pays off for slow simulators)
 
@@ -154,6 +155,9 @@ class Agent(nn.Module):
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.to(device)
         self.device, self.updates = device, 0
+        warnings.filterwarnings(
+            "ignore", ".*(capturable=True|float32_matmul_precision).*"
+        )  # the first steps are not captured
         adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
         self.optimizers = {
             "critic": adam(self.critic.parameters(), args.critic_lr),
@@ -431,22 +435,31 @@ class ReplayBuffer:
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
         dims = {"obs": (obs_dim,), "actions": (act_dim,), "rewards": (), "next_obs": (obs_dim,)}
         dims["terminations"] = ()
-        self.data = {k: torch.empty((capacity, *dim), device=device) for k, dim in dims.items()}
+        self.dims = dims
+        self.rows = torch.empty((capacity, sum(map(math.prod, dims.values()))), device=device)
+        self.data = self.columns(self.rows)
         self.capacity, self.device, self.position, self.size = capacity, device, 0, 0
+
+    def columns(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows (..., width) as named views (..., *dims)."""
+        parts = rows.split([math.prod(dim) for dim in self.dims.values()], -1)
+        shapes = zip(self.dims.items(), parts, strict=True)
+        return {key: part.view(*rows.shape[:-1], *dim) for (key, dim), part in shapes}
 
     def add(self, *transitions: np.ndarray) -> None:
         """Store one transition per env, arrays (num_envs, ...) in the order of self.data."""
         n = len(transitions[0])
+        rows = np.concatenate([np.reshape(x, (n, -1)) for x in transitions], 1, dtype=np.float32)
         index = (self.position + torch.arange(n, device=self.device)) % self.capacity
-        for stored, new in zip(self.data.values(), transitions, strict=True):
-            stored[index] = torch.as_tensor(new, dtype=torch.float32, device=self.device)
+        # one transfer; from pageable memory it has left the array when the call returns
+        self.rows[index] = torch.from_numpy(rows).to(self.device, non_blocking=True)
         self.position = (self.position + n) % self.capacity
         self.size = min(self.size + n, self.capacity)
 
     def sample(self, batch_size: int, rng: Generator) -> dict[str, Tensor]:
         """Uniformly, with replacement: tensors (batch_size, ...)."""
         index = torch.randint(self.size, (batch_size,), generator=rng, device=self.device)
-        return {key: value[index] for key, value in self.data.items()}
+        return self.columns(self.rows[index])
 
 
 def evaluate(agent: Agent, envs, args: Args, mode: str, film: Path, stop=()) -> dict:
@@ -499,8 +512,10 @@ class RunLogger:
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
         run_dir = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
         run_dir.mkdir(parents=True)
-        packages = "torch", "gymnasium", "mujoco", "dm-control", "numpy"
-        versions = {"python": sys.version.split()[0]} | {p: metadata.version(p) for p in packages}
+        versions = {"python": sys.version.split()[0]}
+        for package in "torch", "gymnasium", "mujoco", "dm-control", "numpy":
+            with suppress(metadata.PackageNotFoundError):  # dm-control may be missing
+                versions[package] = metadata.version(package)
         git, here = "git describe --always --dirty --abbrev=40", Path(__file__).parent
         run = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True)
         cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -555,7 +570,8 @@ def restore_run(saved: dict, agent, buffer, envs, rng) -> np.ndarray:
     agent.load_state_dict(saved["agent"])
     vars(agent).update(saved["counters"])
     for key, optimizer in agent.optimizers.items():
-        optimizer.load_state_dict(saved["optimizers"][key])
+        settings = optimizer.state_dict()["param_groups"]  # a learning rate on its own device
+        optimizer.load_state_dict(saved["optimizers"][key] | {"param_groups": settings})
     buffer.position, buffer.size = saved["position"], len(saved["buffer"]["rewards"])
     for key, value in saved["buffer"].items():
         buffer.data[key][: buffer.size] = value
@@ -580,9 +596,12 @@ def check_args(args: Args) -> torch.device:
         fail(f"--utd {args.utd} gives no update; raise it or --total-timesteps")
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=auto if args.device == "auto" else args.device).device
+        device = torch.empty(0, device=auto if args.device == "auto" else args.device).device
     except (RuntimeError, AssertionError):
         fail(f"--device {args.device} is not to be had here; --device auto takes what there is")
+    if args.precision == "tf32" and device.type != "cuda":
+        fail(f"--precision tf32 needs a CUDA GPU, not --device {device}")
+    return device
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -615,6 +634,7 @@ def main(args: Args) -> Path | None:
     """Train and return the run directory; the loop is act, learn, step, store, log."""
     file, saved, device = None, None, check_args(args)
     torch.set_num_threads(args.torch_threads or min(8, torch.get_num_threads()))
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     if args.resume:
         file, saved = load(args.resume, "checkpoint.pt")
         may_change = "resume", "total_timesteps", "log_every", "capture_video", "torch_threads"
@@ -659,7 +679,9 @@ def main(args: Args) -> Path | None:
         if global_step < args.learning_starts:
             actions = 2 * torch.rand((args.num_envs, act_dim), generator=rng, device=device) - 1
         else:
-            actions = agent.act(agent, torch.as_tensor(obs, device=device), args, rng, "explore")
+            actions = agent.act(
+                agent, torch.as_tensor(obs).to(device, non_blocking=True), args, rng, "explore"
+            )
         actions = actions.cpu().numpy()
         global_step += args.num_envs
 

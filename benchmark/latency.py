@@ -8,6 +8,7 @@ take turns, so that a drift of the machine hits them alike; single calls are tim
 a 99th percentile.
 
 compiled: generate (all T steps in one), or without one the policy, through torch.compile.
+captured: the eager call recorded as one CUDA graph.
 
     python benchmark/latency.py
     python benchmark/latency.py --device cuda
@@ -24,7 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-import campaign_report
 import numpy as np
 import torch
 from collect import ROOT, scripts, write_csv
@@ -43,7 +43,7 @@ POLICIES = {  # name, number of steps: (script, mode of act or None for generate
     ("FPMD-R", 20): ("fpmd_online", None),
     ("DPMD", 20): ("dpmd_online", "one_candidate"),
 }
-MODES = "eager", "compiled"
+MODES = "eager", "compiled", "captured"
 
 
 @dataclass
@@ -59,30 +59,33 @@ class Case:
 
 
 def action(
-    module: ModuleType, mode: str | None, steps: int, batch: int, compiled: bool, device
+    module: ModuleType, act_mode: str | None, steps: int, batch: int, mode: str, device
 ) -> Callable[[], Tensor]:
     """A function from nothing to actions (batch, act_dim) on the CPU."""
     args = module.Args()
     torch.manual_seed(0)
     agent, rng = module.Agent(OBS_DIM, ACT_DIM, args, device), torch.Generator(device)
     obs = torch.randn((batch, OBS_DIM), generator=rng.manual_seed(0), device=device)
-    if mode is not None and agent.modes[mode][0] != steps:
-        raise ValueError(f"{module.__name__} takes {agent.modes[mode][0]} steps in {mode}")
-    if mode == next(iter(agent.modes)):  # the one that --evaluate replays
+    if act_mode is not None and agent.modes[act_mode][0] != steps:
+        raise ValueError(f"{module.__name__} takes {agent.modes[act_mode][0]} steps in {act_mode}")
+    if act_mode == next(iter(agent.modes)):  # the one that --evaluate replays
         agent.target_policy = module.for_one_step(agent.target_policy)
-    if compiled and hasattr(module, "generate"):
+    if mode == "compiled" and hasattr(module, "generate"):
         module.generate = torch.compile(module.generate, dynamic=False)  # act looks it up there
-    elif compiled:
+    elif mode == "compiled":
         forward = agent.target_policy.forward
         agent.target_policy.forward = torch.compile(forward, dynamic=False)
 
     @torch.no_grad()
-    def generate() -> Tensor:
+    def generate(agent, obs, args, rng, act_mode) -> Tensor:
         noise = torch.randn((batch, ACT_DIM), generator=rng, device=device)
         noise = args.prior_std * noise
-        return module.generate(agent.target_policy, obs, noise, steps).clamp(-1, 1).cpu()
+        return module.generate(agent.target_policy, obs, noise, steps).clamp(-1, 1)
 
-    return generate if mode is None else lambda: module.act(agent, obs, args, rng, mode).cpu()
+    function = generate if act_mode is None else module.act
+    if mode == "captured":
+        function = module.Captured(function)
+    return lambda: function(agent, obs, args, rng, act_mode).cpu()
 
 
 def cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
@@ -96,7 +99,7 @@ def cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
             continue
         for batch in options.batches:
             for mode in options.modes:
-                sizes = steps, batch, mode == "compiled", device
+                sizes = steps, batch, mode, device
                 what = f"{policy}, {steps} step{'s' * (steps > 1)}, batch {batch}, {mode}"
                 module = load_script(script)
                 try:
@@ -153,7 +156,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help=text)
     names = list(dict.fromkeys(policy for policy, _ in POLICIES))
     parser.add_argument("--policies", **several, choices=names, default=names, help="which")
-    parser.add_argument("--modes", **several, choices=MODES, default=list(MODES), help="which")
+    parser.add_argument("--modes", **several, choices=MODES, default=list(MODES[:2]), help="which")
     text = "actions at once"
     parser.add_argument("--batches", type=int, nargs="+", metavar="B", default=[1, 256], help=text)
     parser.add_argument("--calls", type=int, default=1_000, help="of every case, at least")
@@ -175,13 +178,15 @@ def main() -> None:
     options = parse()
     device = torch.device(options.device)
     torch.set_num_threads(options.threads or min(8, torch.get_num_threads()))
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # the default one cannot be captured
     found = cases(options, device)
     if not found:
         sys.exit("latency.py: error: nothing to measure")
     time_all(found, options.calls, device)
     rows = to_rows(found, device)
     write_csv(rows, options.output)
-    print(f"{campaign_report.latency(options.output)}\n\nwrote {options.output}")
+    print(f"wrote {options.output}; benchmark/report.py makes the table")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import sys
 from pathlib import Path
 
 import collect
-import report
 import torch
 from torch import Tensor, nn
 
@@ -101,7 +100,7 @@ def main() -> None:
     for row in rows:
         row |= {k: f"{v:.6g}" for k, v in row.items() if isinstance(v, float)}
     collect.write_csv(rows, options.output)
-    print(report.precision(options.output))
+    print(f"wrote {options.output}; benchmark/report.py makes the table")
 
 
 if __name__ == "__main__":

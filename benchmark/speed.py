@@ -2,7 +2,8 @@
 
 Everything is timed in one process on Ant-v4's sizes, with the repetitions of all measurements
 interleaved, so that a drift of the machine hits them alike; medians and quartiles are written.
-Every script runs eager, compiled (its own accelerate), and compiled with bfloat16 generation:
+Every script runs eager, compiled (its own accelerate), and compiled with bfloat16 generation; on
+CUDA also with TF32 products, and recorded as CUDA graphs, plain (graph) and compiled (captured):
 
     update          a whole update, mean over policy_delay of them; its parts one by one:
     generation      proposing N candidates per state
@@ -44,7 +45,6 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
-import report
 import torch
 from collect import ROOT, write_csv
 from measuring import load_script, provenance
@@ -56,11 +56,21 @@ SETTINGS = {  # script: its (num_candidates, flow_steps)
     "fpmd_online": [(32, 20), (32, 1), (8, 1)],
     "fpmd_meanflow_online": [(32, 1), (8, 1)],
     "mvp_online": [(32, 1), (8, 1)],
+    "sac_online": [("", "")],
 }
+FLOWS = [name for name in SETTINGS if name != "sac_online"]
 MODES = {  # on the command line: (mode, precision) in the CSV
     "eager": ("eager", "float32"),
     "compiled": ("compiled", "float32"),
     "bfloat16": ("compiled", "bfloat16"),
+}
+CUDA_MODES = {
+    "eager-tf32": ("eager", "tf32"),
+    "graph": ("graph", "float32"),
+    "graph-tf32": ("graph", "tf32"),
+    "captured": ("captured", "float32"),
+    "captured-tf32": ("captured", "tf32"),
+    "captured-bfloat16": ("captured", "bfloat16"),
 }
 PER_CASE = "update", "generation", "ranking", "learning", "acting"  # per setting and mode
 MEASUREMENTS = *PER_CASE, "one-step", "sac", "environments", "first-update"
@@ -116,11 +126,18 @@ class Measurement:
     calls: int = 1
     seconds: list[float] = field(default_factory=list)  # of doing it once, per repetition
 
+    def set_precision(self) -> None:
+        """The one that this measurement's products are to have, while others have their own."""
+        tf32 = self.what["precision"] == "tf32"
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+
     def repeat(self, device: torch.device) -> None:
+        self.set_precision()
         self.seconds.append(seconds(self.function, self.calls, device) / self.does)
 
     def warm_up(self, device: torch.device) -> None:
         """Compile, fill caches, and see how many calls make a repetition long enough."""
+        self.set_precision()
         if device.type == "cuda":
             before = torch.cuda.memory_allocated(device)
             seconds(self.function, 2, device)
@@ -160,15 +177,20 @@ def row_of(script="", setting=("", ""), mode="eager", precision="float32", measu
 
 def make_case(script, setting, mode, batch_size, device, **replaced) -> Case:
     """A fresh agent, accelerated if the mode says so; nothing has been computed with it yet."""
-    module, (kind, precision) = load_script(script, **replaced), MODES[mode]
+    module, (kind, precision) = load_script(script, **replaced), (MODES | CUDA_MODES)[mode]
     sizes = dict(zip(("num_candidates", "flow_steps"), setting, strict=True))
+    sizes = {key: value for key, value in sizes.items() if value}
     args = module.Args(**sizes, precision=precision, batch_size=batch_size)
     torch.manual_seed(0)
     agent = module.Agent(OBS_DIM, ACT_DIM, args, device)
-    if kind == "compiled":
+    if kind in ("compiled", "captured"):
         module.accelerate(agent, args, device)
         if agent.policy_loss is module.policy_loss:  # accelerate has said why
             sys.exit("speed.py: error: nothing can be compiled here; choose --modes eager")
+    if kind == "compiled":  # on CUDA accelerate does both
+        agent.act, agent.learn = module.act, module.learn
+    elif kind == "graph":
+        agent.act, agent.learn = module.Captured(module.act), module.Captured(module.learn)
     batch = {
         "obs": torch.randn((batch_size, OBS_DIM), device=device),
         "actions": torch.rand((batch_size, ACT_DIM), device=device) * 2 - 1,
@@ -188,6 +210,8 @@ def policy_delay(args) -> int:
 def functions(case: Case) -> dict[str, tuple[Callable, int]]:
     """{measurement: (function, how often one call does it)}, those of PER_CASE and one-step."""
     module, args, agent, rng = case.module, case.args, case.agent, case.rng
+    if not hasattr(module, "propose"):
+        return functions_of_sac(case)
     next_obs, std = case.batch["next_obs"], torch.tensor(0.1, device=case.device)
     delay = policy_delay(args)
     rows = args.num_candidates, args.batch_size
@@ -195,26 +219,32 @@ def functions(case: Case) -> dict[str, tuple[Callable, int]]:
     ranked = candidates[0], torch.randn(rows, device=case.device)
     obs = np.random.default_rng(0).standard_normal((NUM_ENVS, OBS_DIM), np.float32)
 
+    captures = case.mode in ("graph", "captured")
+    learn_alone = module.Captured(module.learn) if captures else module.learn
+
     def update():
         for _ in range(delay):
             module.update(agent, case.batch, args, rng)
 
+    @in_graph(case)
     @torch.no_grad()
     def generation():
         with torch.autocast(case.device.type, torch.bfloat16, args.precision == "bfloat16"):
             return module.propose(agent.policy, next_obs, std, args, rng)
 
+    @in_graph(case)
     @torch.no_grad()
     def ranking():
         return module.select_action(agent.critic, next_obs, candidates)
 
     def learning():  # an update whose candidates and their ranking cost nothing
-        own = module.propose, module.select_action
+        own = module.propose, module.select_action, agent.learn
         module.propose, module.select_action = lambda *_: candidates, lambda *_: ranked
+        agent.learn = learn_alone
         try:
             update()
         finally:
-            module.propose, module.select_action = own
+            module.propose, module.select_action, agent.learn = own
 
     def act(obs, mode, agent=agent):
         obs = torch.as_tensor(obs, device=case.device)
@@ -234,9 +264,40 @@ def functions(case: Case) -> dict[str, tuple[Callable, int]]:
     }
 
 
+def in_graph(case: Case) -> Callable:
+    """A decorator: what a captured case does in its own graph is timed in a graph, too."""
+
+    def decorate(function: Callable) -> Callable:
+        if case.mode not in ("graph", "captured"):
+            return function
+        captured = case.module.Captured(lambda *_: {"out": function()})
+        return lambda: captured(None, {}, case.args, case.rng, "alone")
+
+    return decorate
+
+
+def functions_of_sac(case: Case) -> dict[str, tuple[Callable, int]]:
+    """The same of SAC, which generates and ranks nothing: all of an update is learning."""
+    module, args, agent, rng = case.module, case.args, case.agent, case.rng
+    obs = np.random.default_rng(0).standard_normal((NUM_ENVS, OBS_DIM), np.float32)
+
+    def update():
+        module.update(agent, case.batch, args, rng)
+
+    def act(obs, mode):
+        obs = torch.as_tensor(obs, device=case.device)
+        return agent.act(agent, obs, args, rng, mode).cpu().numpy()
+
+    return {
+        "update": (update, 1),
+        "acting": (lambda: act(obs, "explore"), 1),
+        "one-step": (lambda: act(obs[:1], "one_step"), 1),
+    }
+
+
 def parts(case: Case, counted: dict[str, float]) -> dict[str, tuple[Part, ...]]:
     """What generation, ranking, learning and a whole update cannot do without."""
-    n, batch = case.args.num_candidates, case.args.batch_size
+    n, batch = getattr(case.args, "num_candidates", 0), case.args.batch_size
     policy, critics = (
         sum(p.numel() for p in network.parameters())
         for network in (case.agent.policy, case.agent.critic)
@@ -253,9 +314,13 @@ def parts(case: Case, counted: dict[str, float]) -> dict[str, tuple[Part, ...]]:
         "learning": 2 * states + 2 * actions + (2 + n) * batch + 7 * critics
         + ((6 + 2 * slow) * policy + critics) / policy_delay(case.args),
     }  # fmt: skip
-    precision = {"generation": case.precision}
+    if "generation" not in counted:
+        part = Part(counted["update"], 4 * numbers["learning"] / 1e6, case.precision)
+        return {"update": (part,)}
+    others = "tf32" if case.precision == "tf32" else "float32"
+    precision = {"generation": case.precision, "ranking": others, "learning": others}
     part = {
-        key: (Part(counted[key], 4 * number / 1e6, precision.get(key, "float32")),)
+        key: (Part(counted[key], 4 * number / 1e6, precision[key]),)
         for key, number in numbers.items()
     }
     return part | {"update": part["generation"] + part["ranking"] + part["learning"]}
@@ -271,7 +336,8 @@ def count(function: Callable, does: int) -> float:
 def piece_rows(case: Case) -> int:
     """How many rows the networks of an accelerated float32 update see at a time on a CPU."""
     rows = torch.get_num_threads() * 2**20 // 4 // case.args.hidden_dim
-    return min(rows, case.args.num_candidates * case.args.batch_size)
+    candidates = getattr(case.args, "num_candidates", 1)
+    return min(rows, candidates * case.args.batch_size)
 
 
 def seconds(function: Callable, calls: int, device: torch.device) -> float:
@@ -347,11 +413,13 @@ def machine(rows: set[int], device: torch.device) -> list[Measurement]:
     """Plain matrix products in both precisions, and a large copy."""
     timed = []
     sizes = [(m, *PRODUCT[1:]) for m in sorted({PRODUCT[0], *rows}, reverse=True)]
-    for size, dtype in itertools.product(sizes, (torch.float32, torch.bfloat16)):
+    precisions = ["float32", "bfloat16"] + ["tf32"] * (device.type == "cuda")
+    for size, precision in itertools.product(sizes, precisions):
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         a = torch.randn(size[:2], device=device).to(dtype)
         b = torch.randn(size[1:], device=device).to(dtype)
         out = torch.empty((size[0], size[2]), device=device, dtype=dtype)
-        what = row_of(precision=str(dtype).removeprefix("torch."))
+        what = row_of(precision=precision)
         what |= {"measurement": "matmul " + "x".join(map(str, size))}
         product = partial(torch.mm, a, b, out=out)
         timed.append(Measurement(what, product, multiply_adds=math.prod(size)))
@@ -417,6 +485,8 @@ def collect(options: argparse.Namespace, device: torch.device) -> list[Measureme
             counted = {name: count(*entry) for name, entry in functions(case).items()}
             rows.add(piece_rows(case))
             for mode in options.modes:
+                if mode.endswith("bfloat16") and script not in FLOWS:
+                    continue
                 case = make_case(*sizes, mode, options.batch_size, device)
                 if "first-update" in only:
                     print(f"first update of {script} {setting} {mode}", file=sys.stderr)
@@ -429,7 +499,7 @@ def collect(options: argparse.Namespace, device: torch.device) -> list[Measureme
                 if options.variants and script == "fpmd_online":
                     timed += variants(case, mode)
         case = make_case(script, SETTINGS[script][-1], "eager", options.batch_size, device)
-        if "one-step" in only:
+        if "one-step" in only and script in FLOWS:
             for name in "one-step", "one-step deployed":
                 entry = functions(case)[name]
                 timed.append(Measurement(row_of(script, measurement=name), *entry, count(*entry)))
@@ -444,13 +514,18 @@ def collect(options: argparse.Namespace, device: torch.device) -> list[Measureme
     return machine(rows, device) + timed
 
 
-def time_all(timed: list[Measurement], repetitions: int, device: torch.device) -> None:
-    """Warm everything up, then repeat everything in turn."""
+def time_all(
+    timed: list[Measurement], repetitions: int, device: torch.device, hold: bool = False
+) -> None:
+    """Warm everything up (hold: and wait for a line on stdin), then repeat everything in turn."""
     repeated = [measurement for measurement in timed if measurement.function]
     for i, measurement in enumerate(repeated):
         print(f"\rwarming up {i + 1} of {len(repeated)}", end="", file=sys.stderr)
         measurement.warm_up(device)
     print(file=sys.stderr)
+    if hold:
+        print("warm", flush=True)
+        sys.stdin.readline()
     for repetition in range(repetitions):
         for measurement in repeated:
             measurement.repeat(device)
@@ -582,17 +657,20 @@ def parse() -> argparse.Namespace:
     text = "CPU threads of torch; unset: what the scripts take, all up to 8"
     parser.add_argument("--threads", type=int, default=0, help=text)
     scripts = list(SETTINGS)
-    parser.add_argument("--scripts", **several, choices=scripts, default=scripts, help="which")
+    parser.add_argument("--scripts", **several, choices=scripts, default=FLOWS, help="which")
     text = "N,T of every script; unset: those of SETTINGS"
     parser.add_argument("--settings", nargs="+", type=parse_setting, metavar="N,T", help=text)
-    text = f"of {', '.join(MODES)}"
-    parser.add_argument("--modes", **several, choices=MODES, default=list(MODES), help=text)
+    text = f"of {', '.join(MODES)}, on CUDA also {', '.join(CUDA_MODES)}"
+    modes = MODES | CUDA_MODES
+    parser.add_argument("--modes", **several, choices=modes, default=list(MODES), help=text)
     text = f"of {', '.join(MEASUREMENTS)}"
     parser.add_argument("--only", **several, choices=MEASUREMENTS, default=MEASUREMENTS, help=text)
     parser.add_argument("--variants", action="store_true", help="generation in other ways, too")
     parser.add_argument("--batch-size", type=int, default=256, help="transitions per update")
     text = "of every measurement (15), of every training run (3)"
     parser.add_argument("--repetitions", type=int, help=text)
+    text = "once warm, say so and wait for a line on stdin: others may time alone meanwhile"
+    parser.add_argument("--hold", action="store_true", help=text)
     parser.add_argument("--end-to-end", action="store_true", help="time training runs instead")
     text = "of a training run, 1000 of them random"
     parser.add_argument("--steps", type=int, default=4_000, help=text)
@@ -618,18 +696,17 @@ def main() -> None:
     options = parse()
     device = torch.device(options.device)
     torch.set_num_threads(options.threads or min(8, torch.get_num_threads()))
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # the default one cannot be captured
     if options.end_to_end:
         rows = end_to_end(options)
     else:
         timed = collect(options, device)
-        time_all(timed, options.repetitions, device)
+        time_all(timed, options.repetitions, device, options.hold)
         rows = to_rows(timed, options.batch_size, device)
     rows = [row | provenance(device) for row in rows]
     write_csv(rows, options.output)
-    tables = report.speed, report.speed_of_acting, report.speed_of_variants
-    for table in [report.end_to_end] if options.end_to_end else tables:
-        print(table(options.output), end="\n\n")
-    print(f"wrote {options.output}")
+    print(f"wrote {options.output}; benchmark/report.py makes the tables")
 
 
 if __name__ == "__main__":

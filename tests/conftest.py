@@ -1,6 +1,8 @@
 """What all tests share: the scripts under test, small settings, main() in an empty folder, a field
 and a network whose outputs are known independently."""
 
+import contextlib
+import copy
 import importlib
 import shutil
 import sys
@@ -120,6 +122,54 @@ def fit(script, draw, updates, lr, hidden_dim):
         agent.optimizers["policy"].param_groups[0]["lr"] = lr * (1 - update / updates)
         agent.optimizers["policy"].step()
     return agent.policy
+
+
+class FakeGraph:
+    """Stands in for torch.cuda.CUDAGraph: what ran while it was recording, replay runs again."""
+
+    recording = None
+
+    @classmethod
+    @contextlib.contextmanager
+    def record(cls, graph, stream=None):
+        """Stands in for torch.cuda.graph."""
+        cls.recording = graph
+        yield
+        cls.recording = None
+
+    def register_generator_state(self, generator):
+        self.generator = generator
+
+    def replay(self):
+        outputs = self.function()
+        pairs = zip(outputs, self.outputs, strict=True)
+        if isinstance(outputs, dict):
+            pairs = [(outputs[key], self.outputs[key]) for key in self.outputs]
+        for new, held in pairs:
+            held.copy_(new)
+
+
+def recordable(function):
+    """The function, but while a FakeGraph records it computes without a trace, as CUDA's would.
+
+    A real graph needs nothing of the kind: it records what is launched and launches nothing.
+    """
+
+    def wrapper(agent, inputs, args, rng, key):
+        graph = FakeGraph.recording
+        if graph is None:
+            return function(agent, inputs, args, rng, key)
+        weights, draws = copy.deepcopy(agent.state_dict()), rng.get_state()
+        states = {name: copy.deepcopy(o.state_dict()) for name, o in agent.optimizers.items()}
+        graph.outputs = function(agent, inputs, args, rng, key)
+        graph.function = lambda: function(agent, inputs, args, rng, key)
+        agent.load_state_dict(weights)
+        rng.set_state(draws)
+        for name, state in states.items():
+            agent.optimizers[name].load_state_dict(state)
+        return graph.outputs
+
+    return wrapper
 
 
 def randomise(module, seed):

@@ -21,7 +21,13 @@ def speed(monkeypatch):
     return importlib.import_module("speed")
 
 
-def test_a_small_measurement(tmp_path):
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    return importlib.import_module("report")
+
+
+def test_a_small_measurement(tmp_path, report):
     """All scripts eagerly; the variants check for themselves that they give the same actions."""
     output = tmp_path / "speed.csv"
     flags = "--only update generation ranking learning one-step sac --modes eager --settings 2,1"
@@ -29,7 +35,8 @@ def test_a_small_measurement(tmp_path):
     command = [sys.executable, ROOT / "benchmark" / "speed.py", *flags.split()]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "over the floor" in result.stdout and "all candidates in one piece" in result.stdout
+    assert "over the floor" in report.speed(output)
+    assert "all candidates in one piece" in report.speed_of_variants(output)
     with output.open(newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
@@ -70,7 +77,7 @@ def test_a_small_measurement(tmp_path):
 
 
 def test_every_policy_that_acts_in_one_step_is_measured(speed):
-    assert set(speed.SETTINGS) == set(FLOWS)
+    assert set(speed.FLOWS) == set(FLOWS)
 
 
 def test_step_times_leave_out_what_comes_before_the_first_row(speed, tmp_path):

@@ -4,7 +4,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CANDIDATES, COMPILER, MIRROR, SMALL, flows_only, known, randomise, rng
+from conftest import (
+    CANDIDATES,
+    COMPILER,
+    MIRROR,
+    SMALL,
+    FakeGraph,
+    flows_only,
+    known,
+    randomise,
+    recordable,
+    rng,
+)
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = [pytest.param("cpu", marks=COMPILER), pytest.param("cuda", marks=CUDA)]
@@ -121,28 +132,17 @@ def test_learn_reads_nothing_that_a_graph_would_freeze(script):
     for key in (True, False) if script.__name__ in MIRROR else ("update",):
         metrics = script.learn(agent, batch, args, generator, key)
         assert all(isinstance(value, torch.Tensor) for value in metrics.values())
-    if script.__name__ in MIRROR:  # the policy's learning rate is a number that decays
+    rates = {name: o.param_groups[0]["lr"] for name, o in agent.optimizers.items()}
+    if script.__name__ in MIRROR:  # the policy's learning rate decays, so it is a tensor
         before = [p.clone() for p in agent.policy.parameters()]
-        agent.optimizers["policy"].step = None
+        rates["policy"].zero_()
         script.learn(agent, batch, args, generator, True)
         assert all(map(torch.equal, before, agent.policy.parameters()))
-    else:
-        rates = {name: o.param_groups[0]["lr"] for name, o in agent.optimizers.items()}
-        assert rates == {name: getattr(args, f"{name}_lr") for name in rates}  # never another
-
-
-class FakeGraph:
-    """Stands in for torch.cuda.CUDAGraph: what ran while it was recording, replay runs again."""
-
-    recording = None
-
-    def register_generator_state(self, generator):
-        self.generator = generator
-
-    def replay(self):
-        outputs = self.function(*self.arguments)
-        for key, value in outputs.items():
-            self.outputs[key].copy_(value)
+        rates["policy"].fill_(1e-3)
+        script.learn(agent, batch, args, generator, True)
+        assert not any(map(torch.equal, before, agent.policy.parameters()))
+        del rates["policy"]
+    assert rates == {name: getattr(args, f"{name}_lr") for name in rates}  # never another
 
 
 def test_captured_calls_copy_in_replay_and_keep_their_addresses(script, monkeypatch):
@@ -152,32 +152,20 @@ def test_captured_calls_copy_in_replay_and_keep_their_addresses(script, monkeypa
     def function(agent, inputs, args, rng, key):
         calls.append(key)
         x = inputs["x"] if isinstance(inputs, dict) else inputs
-        outputs = {"y": x * key, "noise": torch.rand(1, generator=rng)}
-        if FakeGraph.recording:
-            graph, FakeGraph.recording = FakeGraph.recording, None
-            graph.function, graph.outputs = function, outputs
-            graph.arguments = agent, inputs, args, rng, key
-        return outputs
+        return {"y": x * key, "noise": torch.rand(1, generator=rng)}
 
-    class recording:
-        def __init__(self, graph, stream):
-            FakeGraph.recording = graph
-
-        def __enter__(self):
-            pass
-
-        __exit__ = lambda *_: None  # noqa: E731
-
-    fake = SimpleNamespace(CUDAGraph=FakeGraph, graph=recording, current_stream=lambda: None)
+    fake = SimpleNamespace(CUDAGraph=FakeGraph, graph=FakeGraph.record, current_stream=lambda: None)
     monkeypatch.setattr(script.torch, "cuda", fake)
+    agent = torch.nn.Module()
+    agent.optimizers = {}
     for inputs in {"x": torch.zeros(2)}, torch.zeros(2):
-        captured, results = script.Captured(function), {2: [], 3: []}
+        captured, results = script.Captured(recordable(function)), {2: [], 3: []}
         calls.clear()
         for i in range(6):
             for key in results:
                 new = torch.full((2,), float(i))
                 new = {"x": new} if isinstance(inputs, dict) else new
-                outputs = captured(None, new, None, generator, key)
+                outputs = captured(agent, new, None, generator, key)
                 assert outputs["y"].tolist() == [i * key] * 2
                 results[key].append(outputs["y"])
         assert calls.count(2) == 3 + 1 + 3  # plain, recording, replays

@@ -1,0 +1,175 @@
+"""On a GPU: eager, compiled and captured updates agree, runs resume, and every script trains.
+
+Without a GPU they skip. GPU_SMOKE=1 runs them on a CPU at toy size, with a stand-in for CUDA's
+graphs and nothing compiled, so that they are known to run before a GPU is there.
+"""
+
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import FILES, FPMD, OFFLINE, FakeGraph, known, load, recordable
+from test_offline_to_online import made_up_dataset
+from test_resume import differences, rows
+
+SMOKE = os.environ.get("GPU_SMOKE") == "1"
+DEVICE = torch.device("cpu" if SMOKE else "cuda")
+REASON = "no CUDA device"
+SKIP = pytest.mark.skipif(not (SMOKE or torch.cuda.is_available()), reason=REASON)
+pytestmark = [pytest.mark.cuda, SKIP]
+OBS_DIM, ACT_DIM = 27, 8  # Ant-v4's
+UPDATES = 20
+
+
+@pytest.fixture(params=FILES)
+def script(request):
+    return __import__(request.param)
+
+
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch):
+    """In a smoke test: what stands in for CUDA's graphs."""
+    torch._dynamo.reset()
+    if SMOKE:
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+        monkeypatch.setattr(torch.cuda, "graph", FakeGraph.record)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+
+
+def published(script, **changes):
+    """The script's own sizes, or toy sizes in a smoke test."""
+    small = {"batch_size": 16, "num_candidates": 2, "hidden_dim": 16, "buffer_size": 2_000}
+    sizes = small | {"flow_steps": 2, "hidden_layers": 2} if SMOKE else {"buffer_size": 20_000}
+    return script.Args(**known(script, sizes | {"device": DEVICE.type} | changes))
+
+
+def full_buffer(script, args):
+    """A replay buffer with random transitions in it."""
+    draw, n = np.random.default_rng(0), 1_000
+    if script.__name__ == OFFLINE:
+        buffer = script.ReplayBuffer(args, OBS_DIM, ACT_DIM, DEVICE)
+        buffer.add(*made_up_dataset(OBS_DIM, ACT_DIM, n))
+        return buffer
+    buffer = script.ReplayBuffer(args.buffer_size, OBS_DIM, ACT_DIM, DEVICE)
+    sizes = (n, OBS_DIM), (n, ACT_DIM), (n,), (n, OBS_DIM)
+    buffer.add(*(draw.uniform(-1, 1, size) for size in sizes), draw.random(n) < 0.1)
+    return buffer
+
+
+def train(script, path, **changes):
+    """UPDATES times act, sample, update, as the training loop does it: all that has changed.
+
+    path: eager; graph, which records the plain functions; compiled; captured, which records the
+    compiled ones, as accelerate does on a GPU.
+    """
+    args = published(script, **changes)
+    torch.manual_seed(0)
+    agent = script.Agent(OBS_DIM, ACT_DIM, args, DEVICE)
+    start = torch.cat([p.detach().flatten().clone() for p in agent.parameters()])
+    rng, draw = torch.Generator(DEVICE).manual_seed(0), np.random.default_rng(1)
+    buffer, actions = full_buffer(script, args), []
+    if path in ("compiled", "captured") and not SMOKE:
+        script.accelerate(agent, args, DEVICE)
+        assert isinstance(agent.learn, script.Captured), "nothing was compiled or captured"
+    if path in ("eager", "compiled"):
+        agent.act, agent.learn = script.act, script.learn
+    elif path == "graph" or SMOKE:
+        agent.act, agent.learn = (
+            script.Captured(recordable(f)) for f in (script.act, script.learn)
+        )
+    if path == "graph" and not SMOKE:
+        torch.cuda.synchronize()
+        torch.cuda.set_stream(torch.cuda.Stream())
+    for _ in range(UPDATES):
+        obs = torch.tensor(draw.standard_normal((5, OBS_DIM)), dtype=torch.float32, device=DEVICE)
+        actions.append(agent.act(agent, obs, args, rng, "explore").clone())
+        metrics = script.update(agent, buffer.sample(args.batch_size, rng), args, rng)
+    if isinstance(agent.learn, script.Captured):
+        assert agent.act.graphs and agent.learn.graphs, "nothing was recorded"
+    end = torch.cat([p.detach().flatten() for p in agent.parameters()])
+    optimizers = {key: opt.state_dict()["state"] for key, opt in agent.optimizers.items()}
+    return SimpleNamespace(
+        everything={
+            "agent": {key: value.clone() for key, value in agent.state_dict().items()},
+            "optimizers": optimizers,
+            "metrics": {key: value.clone() for key, value in metrics.items()},
+            "actions": actions,
+            "rng": rng.get_state(),
+        },
+        metrics=metrics,
+        moved=end - start,
+    )
+
+
+def test_a_graph_is_its_function_to_the_bit(script):
+    """Parameters, targets, statistics, optimizers, metrics, actions, generator: no difference."""
+    assert differences(train(script, "eager").everything, train(script, "graph").everything) == []
+
+
+@pytest.mark.skipif(SMOKE, reason="nothing is compiled in a smoke test")
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_compiled_and_captured_are_the_eager_update(script, precision, record_property):
+    """Captured is compiled to the bit; both move the parameters as eager does, but for rounding."""
+    if precision == "tf32" and script.__name__ not in FPMD:
+        pytest.skip("FPMD's will do")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    eager, compiled, captured = (train(script, path) for path in ("eager", "compiled", "captured"))
+    torch.set_float32_matmul_precision("highest")
+    error = (compiled.moved - eager.moved).norm() / eager.moved.norm()
+    record_property("relative error of the movement", f"{error.item():.2e}")
+    different = differences(compiled.everything, captured.everything)
+    record_property("captured is not compiled", len(different))
+    assert error < 0.05  # a step left out or taken twice moves by a twentieth and more
+    assert different == []
+
+
+@pytest.fixture
+def run(script, tmp_path, monkeypatch):
+    """run(...) trains on Ant-v4 in an empty folder; returns the run directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def train(**changes):
+        settings = {"env_id": "Ant-v4", "learning_starts": 400, "eval_every": 0, "log_every": 100}
+        settings |= {"utd": 0.2, "num_envs": 2, "total_timesteps": 800, "torch_threads": 1}
+        settings |= {"compile": not SMOKE}
+        if script.__name__ == OFFLINE:
+            settings |= {"offline_steps": 100, "utd": 0.5}
+            data = made_up_dataset(OBS_DIM, ACT_DIM, 1_000)
+            monkeypatch.setattr(script, "load_dataset", lambda args: data)
+        return script.main(published(script, **(settings | changes)))
+
+    return train
+
+
+def test_a_resumed_run_is_an_uninterrupted_one(script, run):
+    """Bit for bit, as on a CPU: a run of 800 steps, and one of 600 that goes on."""
+    straight, resumed = run(), run(total_timesteps=600)
+    saved = load(resumed)
+    args = script.Args(**(saved["args"] | {"resume": str(resumed), "total_timesteps": 800}))
+    script.main(args)
+    assert differences(load(straight), load(resumed)) == []
+    assert rows(straight) == rows(resumed)
+
+
+@pytest.mark.parametrize("path", ["eager", "captured", "tf32", "bfloat16"])
+def test_main_trains(script, run, path, capfd, record_property):
+    """A short run, evaluations included: it writes finite numbers and falls back on nothing."""
+    if path in ("tf32", "bfloat16") and script.__name__ not in FPMD:
+        pytest.skip("FPMD's will do")
+    if SMOKE and path in ("captured", "tf32"):
+        pytest.skip("wants a GPU")
+    changes = {"precision": path} if path in ("tf32", "bfloat16") else {"compile": path != "eager"}
+    changes["compile"] = path != "eager" and not SMOKE
+    run_dir = run(eval_every=800, eval_episodes=2, **changes)
+    err = capfd.readouterr().err
+    assert "going on without" not in err and "Warning" not in err, err
+    header, *table = (
+        line.split(",") for line in (run_dir / "metrics.csv").read_text().splitlines()
+    )
+    losses = [i for i, name in enumerate(header) if name.startswith("losses/")]
+    assert table and all(np.isfinite(float(row[i])) for row in table for i in losses)
+    assert (run_dir / "evaluations.csv").read_text().count("\n") >= 3
+    seconds = float(table[-1][header.index("wall_time")])
+    record_property("seconds", f"{seconds:.1f}")
