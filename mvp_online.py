@@ -647,7 +647,8 @@ def main(args: Args) -> Path | None:
     if args.capture_video and not {"DISPLAY", "MUJOCO_GL"} & set(os.environ):
         choose_opengl()
     envs = make_envs(args.env_id, args.num_envs, args.async_envs)  # first, because it may fork
-    eval_envs = make_envs(args.env_id, args.eval_episodes, film=args.capture_video)
+    film = args.capture_video  # which wants the simulators in this process
+    eval_envs = make_envs(args.env_id, args.eval_episodes, args.async_envs and not film, film)
     obs_dim, act_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     torch.manual_seed(args.seed)  # the networks' initial weights
     agent = Agent(obs_dim, act_dim, args, device)

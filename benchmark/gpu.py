@@ -4,8 +4,8 @@
             agree, a resumed run is an uninterrupted one, every script trains
     time    benchmark/speed.py for every script; whole runs alone and side by side, with simulators
             in the process and in processes of their own; benchmark/latency.py
-    train   runs at the published budget side by side, in the order of TRAIN, as many as will finish
-            at the speeds that were measured
+    train   runs at the published budget side by side, the next ones of TRAIN, as many as will
+            finish at the speeds that were measured
 
 Each piece runs in processes of its own within a time limit of its own. What it finds is on disk at
 once; what fails is recorded with the end of its output, and the next piece begins. Started again
@@ -20,6 +20,7 @@ prove.csv, speed_cuda.csv, rates_cuda.csv, latency_cuda.csv and campaign_cuda.cs
 """
 
 import argparse
+import contextlib
 import csv
 import itertools
 import json
@@ -49,10 +50,13 @@ ASYNC = [*FLAGS, "--async-envs"]
 RATES = {  # what runs together: (script, flags) of each
     "FPMD-M": [("fpmd_meanflow_online", ASYNC)],
     "FPMD-M, simulators in the process": [("fpmd_meanflow_online", FLAGS)],
+    "FPMD-M, float32": [("fpmd_meanflow_online", ASYNC[1:])],
+    "FPMD-M, eager": [("fpmd_meanflow_online", [*ASYNC, "--no-compile"])],
     "FPMD-R": [("fpmd_online", ASYNC)],
     "SAC": [("sac_online", ASYNC)],
-    "three FPMD-M": [("fpmd_meanflow_online", [*ASYNC, f"--seed={s}"]) for s in (1, 2, 3)],
-    "FPMD-M, eager": [("fpmd_meanflow_online", [*ASYNC, "--no-compile"])],
+    "three FPMD-M": [("fpmd_meanflow_online", ASYNC)] * 3,
+    "three FPMD-M, MPS": [("fpmd_meanflow_online", ASYNC)] * 3,
+    "six, MPS": [("fpmd_meanflow_online", ASYNC)] * 3 + [("sac_online", ASYNC)] * 3,
 }
 TRAIN = [  # (script, environment, seed), most telling first
     *[("fpmd_meanflow_online", "Ant-v4", seed) for seed in (1, 2, 3)],
@@ -67,7 +71,10 @@ TRAIN = [  # (script, environment, seed), most telling first
         for seed in (1, 2, 3)
     ],
 ]
+OWN_FLAGS = {"sac_online": ["--reward-scale=1", "--alpha-init=1", "--alpha-lr=1e-3"]}
 NAMES = {"fpmd_meanflow_online": "FPMD-M", "fpmd_online": "FPMD-R", "sac_online": "SAC"}
+TOGETHER = "six, MPS", "three FPMD-M, MPS", "three FPMD-M", "FPMD-M"  # of RATES, to train
+EVALUATING, COMPILING = 50, 40  # seconds of a run's evaluations, until it is up to speed
 
 
 class Failed(Exception):
@@ -119,6 +126,32 @@ def stop(process: subprocess.Popen, signum: int) -> None:
     """Signal a process and all that it started."""
     if process.poll() is None:
         os.killpg(process.pid, signum)
+
+
+class Mps:
+    """NVIDIA's server that lets kernels of several processes run at once, while it is entered.
+
+    Without it processes take turns on the card. env: what a process needs in order to use it.
+    """
+
+    def __init__(self, job: Job):
+        self.program = None if job.smoke else shutil.which("nvidia-cuda-mps-control")
+        names = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
+        folder = (job.output / f"mps-{time.monotonic_ns()}").resolve()
+        self.env = {name: str(folder) for name in names} if self.program else {}
+        folder.mkdir(exist_ok=True)
+
+    def __enter__(self):
+        if self.program:
+            call = [self.program, "-d"]
+            subprocess.run(call, env=os.environ | self.env, check=True, timeout=20)
+        return self
+
+    def __exit__(self, *_):
+        if self.program:
+            env = os.environ | self.env
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run([self.program], input="quit\n", text=True, env=env, timeout=10)
 
 
 # ---------------------------------------------------------------------------- prove
@@ -203,7 +236,7 @@ def speed(job: Job) -> dict:
         settings, modes = SPEED[name]
         command = ["benchmark/speed.py", "--hold", "--device", job.device, "--scripts", name]
         command += ["--settings", settings] if settings else []
-        only = "update generation ranking learning acting one-step".split()
+        only = ["update", "generation", "ranking", "learning", "acting", "one-step"]
         command += ["--only", *only, *(["environments"] if name == names[0] else [])]
         command += ["--modes", *(["eager"] if job.smoke else modes.split())]
         command += ["--repetitions", 2 if job.smoke else 9, "--threads", 2]
@@ -259,58 +292,91 @@ def rates(job: Job) -> dict:
     """
     folder = job.output / "rates"
     shutil.rmtree(folder, ignore_errors=True)
-    groups, jobs = (dict(itertools.islice(RATES.items(), 2)) if job.smoke else RATES), {}
+    groups = dict(itertools.islice(RATES.items(), 2)) if job.smoke else RATES
+    try:
+        mps = contextlib.ExitStack()
+        try:
+            env = mps.enter_context(Mps(job)).env
+        except (OSError, subprocess.SubprocessError) as error:
+            print(f"    no MPS: {error}")
+            groups, env = {name: g for name, g in groups.items() if "MPS" not in name}, {}
+        with mps:
+            return time_groups(job, folder, groups, env)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def time_groups(job: Job, folder: Path, groups: dict, mps: dict) -> dict:
+    processes, needed = {}, {}
     for group, members in groups.items():
-        for i, (script, flags) in enumerate(members):
-            name = f"{group} {i + 1}".replace(",", "").replace(" ", "-")
-            flags = [*flags, "--env-id=Ant-v4", "--total-timesteps=1000000", "--log-every=250"]
-            flags += ["--learning-starts=2000", "--eval-every=0", "--checkpoint-every=0"]
-            flags += [f"--runs-dir={(folder / name).resolve()}", f"--device={job.device}"]
-            if job.smoke:
-                flags += ["--no-compile", "--num-candidates=2", "--batch-size=16"]
-                flags = [f for f in flags if "tf32" not in f]
-            process = job.start(f"rates-{name}", [scripts()[script], *flags])
-            jobs[name] = (group, process, folder / name)
-    started = {}
-    limit = time.monotonic() + min(150, job.left)
-    while len(started) < len(jobs) and time.monotonic() < limit:
-        for name, (_, process, directory) in jobs.items():
+        needed[group] = []
+        for script, flags in members:
+            env = mps if "MPS" in group else {}
+            same = [n for n, (s, f, e, _) in processes.items() if (s, f, e) == (script, flags, env)]
+            free = [name for name in same if name not in needed[group]]
+            if not free:  # groups share processes that are alike
+                name = f"{script}-{len(processes)}"
+                process = start_rate(job, name, folder / name, script, flags, env)
+                processes[name] = script, flags, env, process
+                free = [name]
+            needed[group].append(free[0])
+    started, limit = {}, time.monotonic() + min(80, job.left)
+    while len(started) < len(processes) and time.monotonic() < limit:
+        for name, (*_, process) in processes.items():
             if name not in started and process.poll() is not None:
                 started[name] = None
             elif name not in started:
-                (run_dir,) = list(directory.glob("*")) or [directory]
+                (run_dir,) = list((folder / name).glob("*")) or [folder / name]
                 if last_step(run_dir) >= (2500 if job.smoke else 4000):
-                    os.killpg(process.pid, signal.SIGSTOP)
+                    stop(process, signal.SIGSTOP)
                     started[name] = run_dir
         time.sleep(0.02)
+    for name in set(processes) - set(started):
+        stop(processes[name][-1], signal.SIGKILL)
     rows, errors = [], []
-    for group in groups:
-        members = [name for name, (own, _, _) in jobs.items() if own == group]
-        if not all(started.get(name) for name in members):
-            errors += [f"{name} did not start\n{job.tail(f'rates-{name}', 8)}" for name in members]
+    for group, members in needed.items():
+        if missing := [name for name in members if not started.get(name)]:
+            errors += [f"{group}: {n} did not start\n{job.tail(f'rates-{n}', 8)}" for n in missing]
             continue
         for name in members:
-            os.killpg(jobs[name][1].pid, signal.SIGCONT)
+            stop(processes[name][-1], signal.SIGCONT)
         time.sleep(0.5)
         before, clock = {name: last_step(started[name]) for name in members}, time.monotonic()
-        time.sleep(2 if job.smoke else 6)
+        time.sleep(2 if job.smoke else 4)
         spent = time.monotonic() - clock
         after = {name: last_step(started[name]) for name in members}
         for name in members:
-            os.killpg(jobs[name][1].pid, signal.SIGSTOP)
-        each = [(after[name] - before[name]) / spent for name in members]
-        row = {"what": group, "runs": len(members), "seconds": round(spent, 2)}
-        row["steps_per_second_each"] = round(sum(each) / len(each), 1)
-        row["seconds_per_million_steps"] = round(1e6 / max(1e-9, sum(each) / len(each)), 1)
-        rows.append(row)
-        write_csv(rows, job.output / f"rates_{job.device}.csv")
-        print(f"    {row}")
-    for _, process, _ in jobs.values():
+            stop(processes[name][-1], signal.SIGSTOP)
+        per_second = {}
+        for name in members:
+            own = per_second.setdefault(NAMES[processes[name][0]], [])
+            own.append((after[name] - before[name]) / spent)
+        for algorithm, each in per_second.items():
+            rate = sum(each) / len(each)
+            row = {"what": group, "runs": len(members), "algorithm": algorithm}
+            row |= {"seconds": round(spent, 2), "steps_per_second_each": round(rate, 1)}
+            row["seconds_per_million_steps"] = round(1e6 / max(1e-9, rate), 1)
+            rows.append(row)
+            write_csv(rows, job.output / f"rates_{job.device}.csv")
+            print(f"    {row}", flush=True)
+    for *_, process in processes.values():
         stop(process, signal.SIGKILL)
-    shutil.rmtree(folder, ignore_errors=True)
     if errors:
+        print("\n".join(errors))
+    if not rows:
         raise Failed("\n".join(errors))
-    return {row["what"]: row["steps_per_second_each"] for row in rows}
+    return {f"{row['what']}: {row['algorithm']}": row["steps_per_second_each"] for row in rows}
+
+
+def start_rate(job, name: str, directory: Path, script: str, flags: list, env: dict):
+    """A run of the published setting that learns after 2,000 steps and only writes its log."""
+    flags = [*flags, "--env-id=Ant-v4", "--total-timesteps=1000000", "--log-every=250"]
+    flags += ["--learning-starts=2000", "--eval-every=0", "--checkpoint-every=0"]
+    flags += [f"--runs-dir={directory.resolve()}", f"--device={job.device}"]
+    if job.smoke:
+        flags += ["--no-compile", "--num-candidates=2", "--batch-size=16"]
+        flags = [flag for flag in flags if "tf32" not in flag]
+    return job.start(f"rates-{name}", [scripts()[script], *flags], env=env)
 
 
 def latency(job: Job) -> dict:
@@ -318,7 +384,7 @@ def latency(job: Job) -> dict:
     output = job.output / f"latency_{job.device}.csv"
     command = ["benchmark/latency.py", "--device", job.device, "--output", output.resolve()]
     command += ["--modes", "eager", *([] if job.smoke else ["captured"])]
-    command += ["--calls", 20 if job.smoke else 400, "--threads", 1]
+    command += ["--calls", 20 if job.smoke else 200, "--threads", 1]
     command += ["--policies", "FPMD-R", "FPMD-M", "MVP", "SAC", "DPMD"]
     job.wait("latency", job.start("latency", command), 100)
     with output.open(newline="") as file:
@@ -332,41 +398,44 @@ def latency(job: Job) -> dict:
 
 
 # ---------------------------------------------------------------------------- train
-def plan(job: Job, steps: int) -> list[tuple]:
-    """The longest beginning of TRAIN that should be done in time, side by side.
+def plan(job: Job, steps: int) -> tuple[list[tuple], bool]:
+    """The first group of TOGETHER that finishes at its measured speed, and whether with MPS.
 
-    A run alone takes 1 / rate seconds a step; of side-by-side ones each takes no less, and all of
-    them together no less than what three FPMD-M showed the machine to do. Evaluations come on top.
+    Its members are the next ones of TRAIN with the group's scripts.
     """
     measured = json.loads((job.output / "rates.json").read_text())["found"]
-    alone = {script: measured[NAMES[script]] for script in NAMES if NAMES[script] in measured}
-    together = 3 * measured.get("three FPMD-M", 0)  # steps per second of FPMD-M
-    chosen, share = [], 0.0
-    for script, env_id, seed in TRAIN:
-        if script not in alone or not together:
+    for group in TOGETHER:
+        rates = [rate for key, rate in measured.items() if key.startswith(f"{group}: ")]
+        if not rates or 1.05 * steps / min(rates) + EVALUATING + COMPILING > job.left:
             continue
-        new_share = share + alone["fpmd_meanflow_online"] / alone[script] / together
-        seconds = steps * max(
-            new_share, 1 / min(alone[s] for s in {script, *(c[0] for c in chosen)})
-        )
-        if 1.1 * seconds + EVALUATING + COMPILING > job.left:
-            break
-        chosen.append((script, env_id, seed))
-        share = new_share
-    return chosen
-
-
-EVALUATING = 60  # seconds of a run's evaluations
-COMPILING = 30  # seconds until a run is up to speed
+        runs = list(TRAIN)
+        for script, _ in RATES[group]:
+            runs.append(runs.pop(next(i for i, run in enumerate(runs) if run[0] == script)))
+        return runs[-len(RATES[group]) :], "MPS" in group
+    return [], False
 
 
 def train(job: Job) -> dict:
     """Whole runs side by side; their evaluations in campaign_cuda.csv."""
     steps = 1_000 if job.smoke else job.steps
-    chosen = TRAIN[:2] if job.smoke else job.chosen or plan(job, steps)
+    chosen, mps = (TRAIN[:2], False) if job.smoke else plan(job, steps)
+    if len(chosen) < job.at_least:
+        chosen = TRAIN[: job.at_least]
     if not chosen:
         raise Failed(f"no run of {steps:,} steps can finish in {job.left:.0f} s: none was started")
-    print(f"    {len(chosen)} runs of {steps:,} steps in {job.left:.0f} s: {chosen}")
+    names = [f"{NAMES[script]} {env_id} seed {seed}" for script, env_id, seed in chosen]
+    sharing = ", with MPS" if mps else ""
+    print(f"    in {job.left:.0f} s {steps:,} steps each{sharing}: {names}", flush=True)
+    with contextlib.ExitStack() as stack:
+        env = {}
+        if mps:
+            with contextlib.suppress(OSError, subprocess.SubprocessError):  # or they take turns
+                env = stack.enter_context(Mps(job)).env
+        return train_together(job, chosen, steps, env)
+
+
+def train_together(job: Job, chosen: list[tuple], steps: int, env: dict) -> dict:
+    """Side by side until all are done or the time is."""
     directory, processes = (job.output / "runs").resolve(), {}
     for script, env_id, seed in chosen:
         flags = [f"--env-id={env_id}", f"--seed={seed}", f"--total-timesteps={steps}"]
@@ -376,8 +445,9 @@ def train(job: Job) -> dict:
             flags = [flag for flag in flags if "tf32" not in flag]
             flags += ["--no-compile", "--num-candidates=2", "--batch-size=16", "--eval-episodes=1"]
             flags += ["--learning-starts=500", "--eval-every=500"]
+        flags += OWN_FLAGS.get(script, [])
         name = f"train-{script}-{env_id}-{seed}"
-        processes[name] = job.start(name, [scripts()[script], *flags])
+        processes[name] = job.start(name, [scripts()[script], *flags], env=env)
     unfinished = []
     margin = 12  # seconds to stop, to collect, to write
     while any(process.poll() is None for process in processes.values()):
@@ -449,8 +519,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stages", **several, default=list(STAGES), help=text)
     parser.add_argument("--only", nargs="+", metavar="PIECE", help="of the stages' pieces")
     parser.add_argument("--steps", type=int, default=1_000_000, help="of a training run")
-    text = "train the first so many of TRAIN, whatever the measured speeds promise"
-    parser.add_argument("--runs", type=int, help=text)
+    text = "train the first so many of TRAIN even if they should not finish"
+    parser.add_argument("--at-least", type=int, default=0, metavar="RUNS", help=text)
     parser.add_argument("--smoke", action="store_true", help="toy size, on a CPU")
     return parser.parse_args()
 
@@ -460,7 +530,7 @@ def main() -> None:
     (options.output / "logs").mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * options.minutes
     job = Job(options.output, deadline, options.smoke)
-    job.steps, job.chosen = options.steps, TRAIN[: options.runs] if options.runs else None
+    job.steps, job.at_least = options.steps, options.at_least
     results = {}
     for stage, name, function in PIECES:
         if stage in options.stages and (not options.only or name in options.only):
