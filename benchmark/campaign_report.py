@@ -461,15 +461,18 @@ def latency(path: Path) -> str:
     rows, table = read(path), []
     by = {(r["batch"], r["policy"], r["steps"], r["mode"]): r for r in rows}
     modes = dict.fromkeys(row["mode"] for row in rows)
+    names = {"SAC, sampled": "a sampled SAC action", "SAC": "SAC's mean action"}
+    policies = {row["policy"] for row in rows}
+    standard = next((name for name in names if name in policies), None)
     cases = dict.fromkeys((row["batch"], row["policy"], row["steps"]) for row in rows)
     for batch, policy, steps in sorted(cases, key=lambda case: int(case[0])):
         line = {"actions at once": batch, "policy": policy, "network evaluations": steps}
         for mode in modes:
             row = by.get((batch, policy, steps, mode))
-            names = "median", "mean", "p99"
-            cells = [digits(float(row[f"{name}_ms"])) if row else "-" for name in names]
-            line |= {f"{mode}: {n}": cell for n, cell in zip(names, cells, strict=True)}
-            reference = by.get((batch, "SAC, sampled", "1", mode))
+            kinds = "median", "mean", "p99"
+            cells = [digits(float(row[f"{kind}_ms"])) if row else "-" for kind in kinds]
+            line |= {f"{mode}: {kind}": cell for kind, cell in zip(kinds, cells, strict=True)}
+            reference = by.get((batch, standard, "1", mode))
             known = row and reference
             ratio = float(row["median_ms"]) / float(reference["median_ms"]) if known else math.nan
             line[f"{mode}: against SAC"] = f"{ratio:.2f} x" if known else "-"
@@ -477,8 +480,8 @@ def latency(path: Path) -> str:
     first = rows[0]
     note = (
         "Milliseconds of a call, from an observation on the device to actions on the CPU; ratios "
-        f"of medians to a sampled SAC action. Interleaved rounds of one run, {first['calls']} "
-        f"calls each, Ant-v4's sizes. {first['hardware']}, {first['threads']} "
+        f"of medians to {names.get(standard, 'SAC')}. Interleaved rounds of one run, "
+        f"{first['calls']} calls each, Ant-v4's sizes. {first['hardware']}, {first['threads']} "
         f"thread{'s' * (first['threads'] != '1')}, torch {first['torch']}, commit {commits(rows)}."
     )
     return f"{markdown(table)}\n\n{note}"
@@ -489,7 +492,7 @@ def draw_latency(path: Path, output: Path) -> None:
     rows, plt = read(path), pyplot()
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     cases = list(dict.fromkeys((row["policy"], row["steps"]) for row in rows))
-    modes = [mode for mode in ("eager", "compiled") if any(r["mode"] == mode for r in rows)]
+    modes = [m for m in ("eager", "compiled", "captured") if any(r["mode"] == m for r in rows)]
     size = 8, 0.8 + 0.44 * len(cases)
     figure, panels = plt.subplots(1, len(batches), figsize=size, squeeze=False, sharey=True,
                                   layout="constrained")  # fmt: skip
@@ -541,8 +544,14 @@ def grid_of_panels(plt, count: int, height: float, **kwargs):
     return figure, panels.flat[:count]
 
 
+FEW = 5  # seeds that are drawn one by one
+
+
 def draw_curves(path: Path, output: Path, against: str = "steps") -> None:
-    """A panel per task: every algorithm's mean over seeds, with Student's interval as a band."""
+    """A panel per task: every algorithm's mean over seeds, and thinner each seed.
+
+    With more than FEW seeds Student's interval takes the seeds' place, as a band.
+    """
     curves, plt, reference = load(path), pyplot(), references()
     env_ids = tasks_of(curves)
     figure, panels = grid_of_panels(plt, len(env_ids), 2.5)
@@ -562,8 +571,11 @@ def draw_curves(path: Path, output: Path, against: str = "steps") -> None:
             mean, style = values.mean(0), ALGORITHMS[algorithm]
             x = x / unit
             dashes = "-" if algorithm in ONE_STEP else (0, (4, 1.2))
-            panel.plot(x, mean, color=style.colour, lw=1.5, ls=dashes, zorder=3)
-            if len(found) > 1:
+            panel.plot(x, mean, color=style.colour, lw=1.8, ls=dashes, zorder=3)
+            if 1 < len(found) <= FEW:
+                thin = {"color": style.colour, "lw": 0.6, "alpha": 0.5, "ls": dashes, "zorder": 2}
+                panel.plot(x, values.T, **thin)
+            elif len(found) > 1:
                 half = np.array([interval(at) for at in values.T])
                 band = {"color": style.colour, "alpha": 0.1, "lw": 0, "zorder": 1}
                 panel.fill_between(x, mean - half, mean + half, **band)
@@ -580,7 +592,7 @@ def draw_curves(path: Path, output: Path, against: str = "steps") -> None:
                 seen.append(height)
         low, high = min(seen), max(seen)
         low, high = low - 0.06 * (high - low), high + 0.06 * (high - low)
-        panel.set_ylim(low, high)  # of the runs: a band of two or three seeds may leave it
+        panel.set_ylim(low, high)  # of the runs: a band may leave it
         panel.set_xlim(0, end)
         for x, height, colour in drawn:
             panel.plot(x, height, "o", color=colour, ms=3, clip_on=False, zorder=4)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOT_A_FLAG = {"env_id", "seed", "total_timesteps", "exp_name", "runs_dir", "device"}
 NOT_A_FLAG |= {"log_every", "eval_every", "eval_episodes", "checkpoint_every", "capture_video"}
 NOT_A_FLAG |= {"track", "wandb_project_name", "wandb_entity", "resume", "evaluate"}
-NOT_A_FLAG |= {"torch_threads"}
+NOT_A_FLAG |= {"torch_threads", "async_envs"}
 KEY = "algorithm", "env_id", "flags", "seed"  # what tells one run from another
 VERSIONS = "python", "torch", "gymnasium", "mujoco", "device", "threads", "commit"
 

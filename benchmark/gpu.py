@@ -16,7 +16,7 @@ with the same --output, only what is missing or failed is done.
     python benchmark/gpu.py --output smoke --smoke   # all of it at toy size, without a GPU
 
 In --output: <piece>.json (status, seconds, what it found), logs/, runs/, and of the pieces
-prove.csv, speed_cuda.csv, rates_cuda.csv, latency_cuda.csv and campaign_cuda.csv.
+prove_cuda.csv, speed_cuda.csv, rates_cuda.csv, latency_cuda.csv and campaign_cuda.csv.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import collect
@@ -88,7 +88,8 @@ class Job:
     output: Path
     deadline: float  # on time.monotonic's clock
     smoke: bool
-    rates: dict[str, float] = field(default_factory=dict)  # steps per second of each run
+    steps: int = 1_000_000  # of a training run
+    at_least: int = 0  # runs to train, whether or not they can finish
 
     @property
     def left(self) -> float:
@@ -104,6 +105,7 @@ class Job:
         options = {"stdout": log, "stderr": log, "start_new_session": True, "cwd": ROOT} | options
         env = os.environ | {"PYTHONUNBUFFERED": "1", "GPU_SMOKE": str(int(self.smoke))}
         env["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # of each of many processes
+        env.pop("PYTEST_XDIST_WORKER", None)  # ours, when a test started this program
         command = [sys.executable, *map(str, command)]
         return subprocess.Popen(command, env=env | options.pop("env", {}), **options)
 
@@ -177,6 +179,16 @@ def machine(job: Job) -> dict:
     return found
 
 
+def origin(job: Job) -> dict:
+    """Where and with what the numbers were made, as far as the piece `machine` got."""
+    path = job.output / "machine.json"
+    found = json.loads(path.read_text()).get("found", {}) if path.exists() else {}
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    device = found.get("card") or "a CPU"
+    return {"device": device, "torch": found.get("torch", ""), "commit": commit}
+
+
 def pytest_runtest_logreport(report) -> None:
     """With -p gpu: pytest writes each test's outcome to $GPU_REPORT as soon as it has it."""
     path = os.environ.get("GPU_REPORT")
@@ -218,7 +230,7 @@ def tests(job: Job) -> dict:
             print("\n".join(f"        {line}" for line in row["why"].splitlines()[-6:]))
         row["why"] = row.get("why", "")
     if rows:
-        write_csv(rows, job.output / "prove.csv")
+        write_csv([row | origin(job) for row in rows], job.output / f"prove_{job.device}.csv")
     if failed:
         raise failed
     return {
@@ -333,7 +345,7 @@ def time_groups(job: Job, folder: Path, groups: dict, mps: dict) -> dict:
         time.sleep(0.02)
     for name in set(processes) - set(started):
         stop(processes[name][-1], signal.SIGKILL)
-    rows, errors = [], []
+    rows, errors, where = [], [], origin(job)
     for group, members in needed.items():
         if missing := [name for name in members if not started.get(name)]:
             errors += [f"{group}: {n} did not start\n{job.tail(f'rates-{n}', 8)}" for n in missing]
@@ -357,7 +369,7 @@ def time_groups(job: Job, folder: Path, groups: dict, mps: dict) -> dict:
             row |= {"seconds": round(spent, 2), "steps_per_second_each": round(rate, 1)}
             row["seconds_per_million_steps"] = round(1e6 / max(1e-9, rate), 1)
             rows.append(row)
-            write_csv(rows, job.output / f"rates_{job.device}.csv")
+            write_csv([row | where for row in rows], job.output / f"rates_{job.device}.csv")
             print(f"    {row}", flush=True)
     for *_, process in processes.values():
         stop(process, signal.SIGKILL)
@@ -401,26 +413,34 @@ def latency(job: Job) -> dict:
 def plan(job: Job, steps: int) -> tuple[list[tuple], bool]:
     """The first group of TOGETHER that finishes at its measured speed, and whether with MPS.
 
-    Its members are the next ones of TRAIN with the group's scripts.
+    Its members are the next ones of TRAIN with the group's scripts. If none finishes and there is
+    an --at-least, it is the group of that size or more that comes furthest.
     """
     measured = json.loads((job.output / "rates.json").read_text())["found"]
+    slowest = {}
     for group in TOGETHER:
         rates = [rate for key, rate in measured.items() if key.startswith(f"{group}: ")]
-        if not rates or 1.05 * steps / min(rates) + EVALUATING + COMPILING > job.left:
-            continue
-        runs = list(TRAIN)
-        for script, _ in RATES[group]:
-            runs.append(runs.pop(next(i for i, run in enumerate(runs) if run[0] == script)))
-        return runs[-len(RATES[group]) :], "MPS" in group
-    return [], False
+        if rates:
+            slowest[group] = min(rates)
+    finishing = [
+        group
+        for group, rate in slowest.items()
+        if 1.05 * steps / rate + EVALUATING + COMPILING <= job.left
+    ]
+    enough = [group for group in slowest if len(RATES[group]) >= job.at_least > 0]
+    if not finishing and not enough:
+        return [], False
+    group = finishing[0] if finishing else max(enough, key=slowest.get)
+    runs = list(TRAIN)
+    for script, _ in RATES[group]:
+        runs.append(runs.pop(next(i for i, run in enumerate(runs) if run[0] == script)))
+    return runs[-len(RATES[group]) :], "MPS" in group
 
 
 def train(job: Job) -> dict:
     """Whole runs side by side; their evaluations in campaign_cuda.csv."""
     steps = 1_000 if job.smoke else job.steps
     chosen, mps = (TRAIN[:2], False) if job.smoke else plan(job, steps)
-    if len(chosen) < job.at_least:
-        chosen = TRAIN[: job.at_least]
     if not chosen:
         raise Failed(f"no run of {steps:,} steps can finish in {job.left:.0f} s: none was started")
     names = [f"{NAMES[script]} {env_id} seed {seed}" for script, env_id, seed in chosen]
@@ -448,19 +468,24 @@ def train_together(job: Job, chosen: list[tuple], steps: int, env: dict) -> dict
         flags += OWN_FLAGS.get(script, [])
         name = f"train-{script}-{env_id}-{seed}"
         processes[name] = job.start(name, [scripts()[script], *flags], env=env)
+
+    def running() -> list[str]:
+        return [name for name, process in processes.items() if process.poll() is None]
+
     unfinished = []
-    margin = 12  # seconds to stop, to collect, to write
-    while any(process.poll() is None for process in processes.values()):
-        if job.left < margin:
-            unfinished = [name for name, p in processes.items() if p.poll() is None]
-            for name in unfinished:
-                stop(processes[name], signal.SIGKILL)
-            break
-        time.sleep(0.5)
+    for margin, signum in (25, signal.SIGTERM), (8, signal.SIGKILL):  # save, or at least collect
+        while running() and job.left > margin:
+            time.sleep(0.5)
+        unfinished = unfinished or running()
+        for name in running():
+            os.kill(processes[name].pid, signum)
+    for name in running():
+        stop(processes[name], signal.SIGKILL)
+        processes[name].wait()
     failed = [
-        f"{name}: exit status {process.wait()}\n{job.tail(name, 6)}"
+        f"{name}: exit status {process.returncode}\n{job.tail(name, 6)}"
         for name, process in processes.items()
-        if process.wait() and name not in unfinished
+        if process.returncode and name not in unfinished
     ]
     runs = sorted(directory.glob("*"))
     if found := collect.gather(runs):
@@ -519,7 +544,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stages", **several, default=list(STAGES), help=text)
     parser.add_argument("--only", nargs="+", metavar="PIECE", help="of the stages' pieces")
     parser.add_argument("--steps", type=int, default=1_000_000, help="of a training run")
-    text = "train the first so many of TRAIN even if they should not finish"
+    text = "train so many even if they should not finish"
     parser.add_argument("--at-least", type=int, default=0, metavar="RUNS", help=text)
     parser.add_argument("--smoke", action="store_true", help="toy size, on a CPU")
     return parser.parse_args()
@@ -529,8 +554,7 @@ def main() -> None:
     options = parse()
     (options.output / "logs").mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * options.minutes
-    job = Job(options.output, deadline, options.smoke)
-    job.steps, job.at_least = options.steps, options.at_least
+    job = Job(options.output, deadline, options.smoke, options.steps, options.at_least)
     results = {}
     for stage, name, function in PIECES:
         if stage in options.stages and (not options.only or name in options.only):

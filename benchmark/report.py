@@ -303,7 +303,7 @@ def by_case(rows: list[dict]) -> dict:
     """{(script, N, T, how it is computed): {measurement: row}} of what depends on N and T."""
     found = defaultdict(dict)
     for row in rows:
-        if row["num_candidates"]:
+        if row["num_candidates"] or row["script"] == "sac_online":
             key = row["script"], row["num_candidates"], row["flow_steps"], computed(row)
             found[key][row["measurement"]] = row
     return found
@@ -334,23 +334,27 @@ def conditions(rows: list[dict]) -> str:
 
 def rates(rows: list[dict]) -> str:
     """The machine's own rates, as measured in the same run."""
-    texts = []
+    fastest = {}  # where several processes measured, their best
     for row in rows:
         name, ms = row["measurement"], milliseconds(row)
         if name.startswith("matmul"):
-            rate = digits(2 * int(row["multiply_adds"]) / ms / 1e6)
-            texts.append(f"{name.removeprefix('matmul ')} in {row['precision']} {rate} GFLOP/s")
+            rate, unit = 2 * int(row["multiply_adds"]) / ms / 1e6, "GFLOP/s"
+            text = f"{name.removeprefix('matmul ')} in {row['precision']}"
         elif name.startswith("copy"):
-            rate = digits(float(row["compulsory_megabytes"]) / ms)
-            texts.append(f"a {name.removeprefix('copy ')} copy {rate} GB/s read and written")
-    return ", ".join(texts)
+            rate, unit = float(row["compulsory_megabytes"]) / ms, "GB/s read and written"
+            text = f"a {name.removeprefix('copy ')} copy"
+        else:
+            continue
+        fastest[text, unit] = max(rate, fastest.get((text, unit), 0.0))
+    return ", ".join(f"{text} {digits(rate)} {unit}" for (text, unit), rate in fastest.items())
 
 
 def speed(path: Path) -> str:
     rows, table, spreads = read(path), [], [0.0]
     cases = by_case(rows)
     for (script, n, t, how), case in cases.items():
-        line = {"script": f"`{script}`", "N, T": f"{n}, {t}", "computed": how}
+        sizes = f"{n}, {t}" if n else "-"
+        line = {"script": f"`{script}`", "N, T": sizes, "computed": how}
         update = case.get("update")
         eager = milliseconds(cases.get((script, n, t, "eager"), {}).get("update"))
         line["update"] = f"{digits(milliseconds(update))} ms" if update else "-"
@@ -440,6 +444,50 @@ def end_to_end(path: Path) -> str:
         f"compilation, whose middle half spans {spread(low):.0%} to {spread(high):.0%} of it. "
         "Memory is the process's peak, and that of a run with 1,000,000 stored transitions, the "
         f"checkpoint at its end included. {hardware(rows)}, torch {joined(rows, 'torch')}, commit "
+        f"{commits(rows)}."
+    )
+    return markdown(table) + "\n\n" + note
+
+
+def whole_runs(path: Path) -> str:
+    """Steps per second of whole runs, alone and side by side."""
+    rows, table = read(path), []
+    for row in rows:
+        rate = float(row["steps_per_second_each"])
+        line = {"what runs": row["what"], "runs at once": row["runs"]}
+        line |= {"algorithm": row["algorithm"], "steps per second, each": number(rate)}
+        table.append(line | {"minutes per million steps": f"{1e6 / rate / 60:.1f}"})
+    note = (
+        f"Ant-v4, published setting, evaluation off, each over {joined(rows, 'seconds')} s after "
+        f"compilation. {joined(rows, 'device')}, torch {joined(rows, 'torch')}, commit "
+        f"{commits(rows)}."
+    )
+    return markdown(table) + "\n\n" + note
+
+
+def proofs(path: Path) -> str:
+    """Outcomes of tests/test_cuda.py, a row per test."""
+    rows, found = read(path), defaultdict(list)
+    for row in rows:
+        found[row["test"].split("[")[0]].append(row)
+    table = []
+    for test, own in found.items():
+        line = {"test": test.removeprefix("test_").replace("_", " ")}
+        for outcome in "passed", "failed":
+            line[outcome] = sum(row["outcome"] == outcome for row in own)
+        errors = [
+            float(part.split(": ")[1])
+            for row in own
+            for part in row["properties"].split("; ")
+            if part.startswith("relative error")
+        ]
+        exact = [e for e, row in zip(errors, [r for r in own if r["properties"]], strict=False)
+                 if "tf32" not in row["test"]]  # fmt: skip
+        line["largest relative error, float32"] = f"{max(exact):.1e}" if exact else "-"
+        line["with TF32"] = f"{max(errors):.1e}" if len(errors) > len(exact) else "-"
+        table.append(line)
+    note = (
+        f"Counted over scripts. {joined(rows, 'device')}, torch {joined(rows, 'torch')}, commit "
         f"{commits(rows)}."
     )
     return markdown(table) + "\n\n" + note
@@ -637,9 +685,8 @@ TABLES = {  # name in the markers: (what writes it, from which CSV)
     "end-to-end-cpu": (end_to_end, "end_to_end_cpu.csv"),
     "evaluation-cost-cpu": (evaluation_cost, "evaluation_cost_cpu.csv"),
     "speed-cuda": (speed, "speed_cuda.csv"),
-    "speed-acting-cuda": (speed_of_acting, "speed_cuda.csv"),
-    "speed-variants-cuda": (speed_of_variants, "speed_cuda.csv"),
-    "end-to-end-cuda": (end_to_end, "end_to_end_cuda.csv"),
+    "prove-cuda": (proofs, "prove_cuda.csv"),
+    "rates-cuda": (whole_runs, "rates_cuda.csv"),
     **campaign_report.TABLES,
 }
 DRAWINGS = {  # figure: (what draws it, from which CSV)

@@ -1,0 +1,130 @@
+"""benchmark/gpu.py: what it records, what it skips, what it starts, and all of it at toy size."""
+
+import csv
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    return importlib.import_module("gpu")
+
+
+@pytest.fixture
+def job(gpu, tmp_path):
+    (tmp_path / "logs").mkdir()
+    return gpu.Job(tmp_path, time.monotonic() + 100, smoke=True)
+
+
+def test_a_piece_that_fails_is_recorded_and_done_again(gpu, job, capsys):
+    """What worked is not repeated; what failed is, and its JSON says why."""
+    calls = []
+
+    def fails(job):
+        calls.append("fails")
+        raise RuntimeError("no capture here")
+
+    def works(job):
+        calls.append("works")
+        return {"rows": 3}
+
+    for _ in range(2):
+        gpu.run_piece(job, "bad", fails)
+        gpu.run_piece(job, "good", works)
+    assert calls == ["fails", "works", "fails"]
+    bad, good = (json.loads((job.output / f"{name}.json").read_text()) for name in ("bad", "good"))
+    assert bad["status"] == "failed" and bad["why"] == "RuntimeError: no capture here"
+    assert good["status"] == "ok" and good["found"] == {"rows": 3}
+    assert "no capture here" in capsys.readouterr().out
+
+
+def test_a_process_that_outlasts_its_limit_is_ended_with_its_children(gpu, job):
+    code = "import subprocess, sys, time\n"
+    code += "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+    code += "print('child', child.pid, flush=True)\ntime.sleep(60)"
+    process = job.start("long", ["-c", code])
+    with pytest.raises(gpu.Failed, match=r"not ready after its time limit\nchild \d+"):
+        job.wait("long", process, 2)
+    child = int(job.tail("long").split()[-1])
+    time.sleep(0.2)
+    status = subprocess.run(["ps", "-o", "stat=", "-p", str(child)], capture_output=True, text=True)
+    assert status.stdout.strip()[:1] in ("", "Z")
+
+
+def test_an_exit_status_comes_with_the_end_of_the_output(gpu, job):
+    process = job.start("wrong", ["-c", "print('almost'); raise SystemExit(3)"])
+    with pytest.raises(gpu.Failed, match=r"wrong: exit status 3\nalmost"):
+        job.wait("wrong", process, 20)
+
+
+MEASURED = {"six, MPS: FPMD-M": 3000, "six, MPS: SAC": 2000, "three FPMD-M, MPS: FPMD-M": 4000}
+MEASURED |= {"three FPMD-M: FPMD-M": 1500, "FPMD-M: FPMD-M": 5000}
+ANT = [("fpmd_meanflow_online", "Ant-v4", seed) for seed in (1, 2, 3)]
+SAC = [("sac_online", "Ant-v4", seed) for seed in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "at_least", "runs", "mps"),
+    [
+        (1000, 0, ANT + SAC, True),  # the slowest of the six takes 525 s and what comes on top
+        (500, 0, ANT, True),
+        (310, 0, ANT[:1], False),
+        (200, 0, [], False),
+        (200, 3, ANT, True),  # nothing finishes, these come furthest
+    ],
+)
+def test_only_what_can_finish_is_started(gpu, seconds, at_least, runs, mps, tmp_path):
+    (tmp_path / "rates.json").write_text(json.dumps({"found": MEASURED}))
+    job = SimpleNamespace(output=tmp_path, left=seconds, at_least=at_least)
+    assert gpu.plan(job, 1_000_000) == (runs, mps)
+
+
+def test_without_rates_nothing_is_started(gpu, tmp_path):
+    (tmp_path / "rates.json").write_text(json.dumps({"found": {}}))
+    job = SimpleNamespace(output=tmp_path, left=1000, at_least=3)
+    assert gpu.plan(job, 1_000_000) == ([], False)
+
+
+def test_every_run_has_a_script_and_its_group_a_name(gpu):
+    assert {script for script, _, _ in gpu.TRAIN} <= set(gpu.scripts())
+    assert set(gpu.TOGETHER) <= set(gpu.RATES)
+    assert {script for members in gpu.RATES.values() for script, _ in members} == set(gpu.NAMES)
+
+
+def test_outcomes_of_tests_are_on_disk_at_once(gpu, tmp_path):
+    """Each with what it recorded, a failure with the end of its traceback."""
+    text = "import json\ndef test_a(record_property):\n    record_property('error', 3)\n"
+    text += "def test_b():\n    assert len(open('report').readlines()) == 2  # not yet this one's\n"
+    (tmp_path / "test_x.py").write_text(text)
+    env = os.environ | {"GPU_REPORT": "report", "PYTHONPATH": str(ROOT / "benchmark")}
+    env.pop("PYTEST_XDIST_WORKER", None)  # this test's own
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu", "test_x.py"]
+    subprocess.run(command, cwd=tmp_path, env=env, capture_output=True)
+    rows = [json.loads(line) for line in (tmp_path / "report").read_text().splitlines()]
+    assert [(row["test"], row["outcome"]) for row in rows] == [
+        ("test_a", "passed"),
+        ("test_b", "failed"),
+    ]
+    assert rows[0]["properties"] == {"error": 3} and "assert 1 == 2" in rows[1]["why"]
+
+
+@pytest.mark.slow
+def test_all_of_it_at_toy_size(tmp_path):
+    """What a GPU will be given runs on a CPU in a minute; started again it does nothing."""
+    command = [sys.executable, ROOT / "benchmark" / "gpu.py", "--smoke", "--output", tmp_path]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert first.returncode == 0, first.stdout + first.stderr
+    for name in "prove_cpu", "speed_cuda", "rates_cpu", "latency_cpu", "campaign_cpu":
+        with (tmp_path / f"{name}.csv").open(newline="") as file:
+            assert list(csv.DictReader(file)), name
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0 and "s left" not in again.stdout
