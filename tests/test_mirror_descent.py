@@ -7,6 +7,7 @@ With 200,000 states that distance is below 0.006 for the right density (1.4 / sq
 samples)); each wrong variant of an equation must be three times further away than the tolerance.
 """
 
+import copy
 import importlib
 import math
 
@@ -73,7 +74,10 @@ def improve(script, policy, critic, states=STATES, seed=0, **args):
     args = {"num_candidates": 1, "flow_steps": 1, "prior_std": 1.0, "noise_scale": 0.0} | args
     args, targets = script.Args(**args, alpha_init=ALPHA, hidden_dim=8), []
     agent = script.Agent(1, 1, args, torch.device("cpu"))
-    agent.policy, agent.critic, agent.target_critic = policy, critic, critic
+    policy.unused = nn.Parameter(torch.zeros(()))  # the moving averages want a parameter
+    agent.policy, agent.critic = policy, critic
+    agent.target_policy = copy.deepcopy(policy).requires_grad_(False)
+    agent.target_critic = copy.deepcopy(critic).requires_grad_(False)
     agent.q_stats.copy_(torch.tensor([MEAN, SIGMA, SPREAD]))
 
     def catch(agent, obs, actions, w, args, rng):
