@@ -8,9 +8,8 @@ Below, e ~ N(0, I), and Q' are the target critics.
     generate       z_0 = prior_std * e,  z_{k+1} = z_k + v(s, z_k, k/T) / T,  a = z_T
     select_action  a* = argmax over N candidates a_i of min(Q_1, Q_2)(s, a_i)
     critic_loss    y = r + gamma (1 - terminated) min(Q'_1, Q'_2)(s', a*),  (Q_j(s, a) - y)^2
+    mirror_descent_targets   w = exp((Q(s', a*) - max Q) / (sigma lambda)) / its batch mean
     policy_loss    w || v(s', z_t, t) - (a* - e) ||^2  with  z_t = (1 - t) e + t a*
-    mirror_descent_targets
-                   w = exp((Q(s', a*) - max Q) / (sigma lambda)), divided by its batch mean
 
     python fpmd_online.py --env-id Ant-v4
     python fpmd_online.py --evaluate runs/<run>/policy.pt --eval-episodes 10
@@ -39,14 +38,12 @@ import signal
 import subprocess
 import sys
 import time
-import timeit
 import warnings
-from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -130,10 +127,7 @@ def linear(in_dim: int, out_dim: int, fan_in: int, bias: bool = True) -> nn.Line
 
 
 class FirstLayer(nn.Module):
-    """A linear layer on concatenated inputs: a sum of one linear map per input.
-
-    Observations (B, D) are multiplied once and then broadcast over candidates (N, B, A).
-    """
+    """A linear layer on concatenated inputs as a sum of maps: one product serves all candidates."""
 
     def __init__(self, *input_dims: int, out_dim: int):
         super().__init__()
@@ -148,16 +142,14 @@ class FirstLayer(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear layers, three of them hidden, with Mish between, and LayerNorm before it if asked."""
+    """Linear layers with Mish between, and LayerNorm before every Mish if norm is true."""
 
-    def __init__(
-        self, input_dims: tuple, hidden_dim: int, out_dim: int, layers=3, layer_norm=False
-    ):
+    def __init__(self, input_dims: tuple, hidden_dim: int, out_dim: int, layers=3, norm=False):
         super().__init__()
         self.first = FirstLayer(*input_dims, out_dim=hidden_dim)
         rest = []
         for dim in [hidden_dim] * (layers - 1) + [out_dim]:
-            if layer_norm:
+            if norm:
                 rest.append(nn.LayerNorm(hidden_dim))
             rest += [nn.Mish(), linear(hidden_dim, dim, fan_in=hidden_dim)]
         self.rest = nn.Sequential(*rest)
@@ -199,8 +191,8 @@ class TwinCritic(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int = 256, layer_norm: bool = False):
         super().__init__()
-        self.q1 = QNetwork((obs_dim, act_dim), hidden_dim, 1, layer_norm=layer_norm)
-        self.q2 = QNetwork((obs_dim, act_dim), hidden_dim, 1, layer_norm=layer_norm)
+        self.q1 = QNetwork((obs_dim, act_dim), hidden_dim, 1, norm=layer_norm)
+        self.q2 = QNetwork((obs_dim, act_dim), hidden_dim, 1, norm=layer_norm)
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         """obs (B, obs_dim), actions (..., B, act_dim) -> Q (2, ..., B)."""
@@ -227,7 +219,6 @@ class Agent(nn.Module):
         self.device = device
         self.updates = 0
         self.alpha_updates = 0
-
         # a tensor, which a recorded CUDA graph reads when it is replayed
         self.policy_lr = torch.tensor(args.policy_lr[0], device=device)
         adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
@@ -259,8 +250,7 @@ def propose(policy: nn.Module, obs: Tensor, std, args: Args, rng: Generator) -> 
 
 def take(candidates: Tensor, index: Tensor) -> Tensor:
     """Candidate index (B,) of candidates (N, B, act_dim), clipped: actions (B, act_dim)."""
-    chosen = candidates.take_along_dim(index[None, :, None], 0)  # (1, B, act_dim)
-    return chosen.squeeze(0).clamp(-1, 1)
+    return candidates.take_along_dim(index[None, :, None], 0).squeeze(0).clamp(-1, 1)
 
 
 def select_action(critic: TwinCritic, obs: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
@@ -299,17 +289,13 @@ DEPLOYED = "one_step"
 
 
 def cost_of(mode: str, args: Args) -> tuple[int, int]:
-    """Network evaluations per candidate (NFE) and candidates per action in this mode."""
-    if mode == "one_step":
-        return 1, 1
-    return args.flow_steps, args.num_candidates
+    """Network evaluations per candidate (NFE), and candidates per action."""
+    return (1, 1) if mode == "one_step" else (args.flow_steps, args.num_candidates)
 
 
 # ---------------------------------------------------------------------------- learning
-def critic_loss(
-    critic: TwinCritic, target_critic: TwinCritic, batch: dict, next_actions: Tensor, args: Args
-) -> tuple[Tensor, Tensor]:
-    """Clipped double-Q regression: the loss and Q (2, B); only termination stops bootstrapping."""
+def critic_loss(critic, target_critic, batch: dict, next_actions: Tensor, args: Args):
+    """Clipped double-Q regression: loss and Q (2, B); only termination stops bootstrapping."""
     with torch.no_grad():
         next_q = target_critic(batch["next_obs"], next_actions).amin(0)  # (B,)
         bootstrap = args.gamma * (1 - batch["terminations"])
@@ -328,8 +314,7 @@ def mirror_descent_targets(
 ) -> tuple[Tensor, Tensor]:
     """What the policy imitates and how much each target counts: actions (B, act_dim), w (B,).
 
-    Of max_pi E[Q] - lambda KL(pi || pi_old) the solution is pi_old exp(Q / lambda). Candidates
-    (N, B, act_dim) are draws from pi_old, scores (N, B) their Q.
+    Of max_pi E[Q] - lambda KL(pi || pi_old) the solution is pi_old exp(Q / lambda).
     """
     q = scores.amax(0)  # (B,)
     best = take(candidates, scores.argmax(0))  # (B, act_dim)
@@ -378,10 +363,8 @@ def update_critic(agent: Agent, batch: dict, next_actions: Tensor, args: Args) -
     return {"losses/critic_loss": loss.detach(), "losses/q_values": q.mean()}
 
 
-def update_policy(
-    agent: Agent, obs: Tensor, actions: Tensor, w: Tensor, args: Args, rng: Generator, loss=None
-) -> dict:
-    """Adam step of the policy towards actions (B, act_dim) with weights w (B,)."""
+def update_policy(agent: Agent, obs, actions, w, args: Args, rng: Generator, loss=None) -> dict:
+    """Adam step towards actions (B, act_dim), weights w (B,); loss may be policy_loss compiled."""
     t = torch.rand((len(obs), 1), generator=rng, device=obs.device)
     noise = torch.randn(actions.shape, generator=rng, device=obs.device)
     loss = (loss or policy_loss)(agent.policy, obs, actions, w, noise, t)
@@ -396,19 +379,14 @@ def update_q_statistics(agent: Agent, scores: Tensor, rate: float) -> None:
     """Running mean and std of Q(s, a*), and std within a state, from scores (N, B)."""
     q = scores.amax(0)  # (B,)
     agent.q_mean.lerp_(q.mean(), rate)
-    agent.q_std.lerp_(q.std(correction=0), rate)
-    agent.q_std_within.lerp_(scores.std(0, correction=0).mean(), rate)
-    agent.q_std.clamp_(min=1e-6)  # a constant Q must not end in 0 / 0
-    agent.q_std_within.clamp_(min=1e-6)
+    agent.q_std.lerp_(q.std(correction=0), rate).clamp_(min=1e-6)  # or a constant Q gives 0 / 0
+    agent.q_std_within.lerp_(scores.std(0, correction=0).mean(), rate).clamp_(min=1e-6)
 
 
-def update(
-    agent: Agent, batch: dict, args: Args, rng: Generator, improve_policy: bool, loss=None
-) -> dict[str, Tensor]:
+def update(agent: Agent, batch: dict, args: Args, rng, improve_policy: bool, loss=None) -> dict:
     """One gradient update from a batch of (B, ...) tensors; returns scalars for the log.
 
-    It reads no counter and no learning rate of Python's, so that a CUDA graph can record it whole.
-    loss may be policy_loss compiled.
+    It reads no counter and no learning rate of Python's, so a CUDA graph can record it whole.
     """
     next_obs = batch["next_obs"]
     alpha = agent.log_alpha.detach().exp()
@@ -420,15 +398,14 @@ def update(
         next_actions, scores = select_action(agent.critic, next_obs, candidates)
     metrics = update_critic(agent, batch, next_actions, args)
     metrics["policy/candidate_spread"] = candidates.std(0, correction=0).mean()
-
     if improve_policy:
         targets, w = mirror_descent_targets(agent, candidates, scores, args, rng)
         metrics |= update_policy(agent, next_obs, targets, w, args, rng, loss)
         move_towards(agent.target_critic, agent.critic, args.tau)
         if args.weight_mode == "particles":
             w = particle_probabilities(agent, scores, args)  # (N, B)
-        ess = w.mean(0).square() / w.square().mean(0)  # effective sample size / sample size
-        metrics["policy/ess"] = ess.mean()
+        # effective sample size / sample size
+        metrics["policy/ess"] = (w.mean(0).square() / w.square().mean(0)).mean()
     update_q_statistics(agent, scores, args.q_stats_rate)  # last: weights see only the past
     return metrics | {"policy/alpha": alpha}
 
@@ -469,8 +446,6 @@ class ReplayBuffer:
         width = sum(math.prod(shape) for shape in self.shapes.values())
         self.rows = torch.empty((capacity, width), device=device)  # a transition each
         self.data = self.columns(self.rows)
-        self.capacity = capacity
-        self.device = device
         self.position = 0
         self.size = 0
 
@@ -484,28 +459,23 @@ class ReplayBuffer:
 
     def add(self, **transitions: np.ndarray) -> None:
         """Store one transition per env: arrays (num_envs, ...) under the names of the columns."""
-        n = len(transitions["obs"])
+        n, device = len(transitions["obs"]), self.rows.device
         columns = [np.reshape(transitions[name], (n, -1)) for name in self.shapes]
         rows = np.concatenate(columns, 1, dtype=np.float32)
-        index = (self.position + torch.arange(n, device=self.device)) % self.capacity
+        index = (self.position + torch.arange(n, device=device)) % len(self.rows)
         # one transfer; from pageable memory it has left the array when the call returns
-        self.rows[index] = torch.from_numpy(rows).to(self.device, non_blocking=True)
-        self.position = (self.position + n) % self.capacity
-        self.size = min(self.size + n, self.capacity)
+        self.rows[index] = torch.from_numpy(rows).to(device, non_blocking=True)
+        self.position = (self.position + n) % len(self.rows)
+        self.size = min(self.size + n, len(self.rows))
 
     def sample(self, batch_size: int, rng: Generator) -> dict[str, Tensor]:
         """Uniformly, with replacement: tensors (batch_size, ...)."""
-        index = torch.randint(self.size, (batch_size,), generator=rng, device=self.device)
+        index = torch.randint(self.size, (batch_size,), generator=rng, device=rng.device)
         return self.columns(self.rows[index])
 
 
-def evaluate(
-    act: Callable, agent: Agent, envs, args: Args, frames: list | None = None, stop=()
-) -> tuple[np.ndarray, np.ndarray]:
-    """One episode per env, side by side: returns and successes (NaN: unknown), (num_envs,) each.
-
-    frames collects pictures of the first episode.
-    """
+def evaluate(act: Callable, agent: Agent, envs, args: Args, frames=None, stop=()):
+    """One episode per env: returns and successes (NaN: unknown), (num_envs,); frames: to film."""
     rng = Generator(agent.device).manual_seed(args.seed)  # all evaluations start alike
     obs, _ = envs.reset(seed=[2 * args.seed + 1] * envs.num_envs)  # training has the even seeds
     running = np.full(envs.num_envs, True)
@@ -528,8 +498,8 @@ def evaluate(
 
 def updates_due(args: Args, global_step: int) -> int:
     """Gradient updates that belong to this many environment steps."""
-    after_warm_up = global_step - args.learning_starts
-    return int(args.utd * after_warm_up + 1e-9)  # 0.2 * 5 must give 1, however it rounds
+    # 0.2 * 5 must give 1, however it rounds
+    return int(args.utd * (global_step - args.learning_starts) + 1e-9)
 
 
 def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng: Generator, obs) -> None:
@@ -537,12 +507,10 @@ def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng: Genera
     explore, improve = act_explore, update
     if args.compile:
         explore, improve = accelerate(agent, explore, improve, args)  # the same, faster
-
     while not run.finished():
         # act: uniformly at random at first, then with exploration noise
         if run.global_step < args.learning_starts:
-            actions = torch.rand(envs.action_space.shape, generator=rng, device=agent.device)
-            actions = 2 * actions - 1
+            actions = 2 * torch.rand(envs.action_space.shape, generator=rng, device=rng.device) - 1
         else:
             states = torch.as_tensor(obs).to(agent.device, non_blocking=True)
             actions = explore(agent, states, args, rng)
@@ -560,10 +528,8 @@ def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng: Genera
         follow_steps(agent, args, run.global_step)
 
         # step: where an episode ended, next_obs already belongs to the one after it
-        if args.async_envs:
-            next_obs, rewards, terminations, truncations, infos = envs.step_wait()
-        else:
-            next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        transition = envs.step_wait() if args.async_envs else envs.step(actions)
+        next_obs, rewards, terminations, truncations, infos = transition
         last_obs = next_obs.copy()
         for i in np.flatnonzero(terminations | truncations):
             last_obs[i] = infos["final_obs"][i]
@@ -593,7 +559,7 @@ class SeededEpisodes(gym.Wrapper):
         self.index = index
         self.episode = {"seed": 0, "count": 0, "actions": []}
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
+    def reset(self, *, seed=None, options=None):
         if seed is not None:
             self.episode |= {"seed": seed, "count": 0}
         self.episode |= {"count": self.episode["count"] + 1, "actions": []}
@@ -604,12 +570,12 @@ class SeededEpisodes(gym.Wrapper):
     def step(self, action: np.ndarray):
         self.episode["actions"].append(action.copy())
         *transition, info = self.env.step(action)
-        # only what is read: vector envs spend a tenth of a step on merging the rest
+        # what nobody reads would cost a vector env a tenth of a step
         read = {"episode", "success", "is_success"} & info.keys()
         return *transition, {name: info[name] for name in read}
 
     def restore(self, episodes: list[dict]) -> np.ndarray:
-        """Play back this env's entry of episodes (one per env) and return the last observation."""
+        """Play back this env's entry of episodes; returns the last observation."""
         saved = episodes[self.index]
         self.episode = saved | {"count": saved["count"] - 1}
         obs, _ = self.reset()
@@ -619,14 +585,14 @@ class SeededEpisodes(gym.Wrapper):
 
 
 def make_env(env_id: str, index: int = 0, film: bool = False) -> gym.Env:
-    """Flat float32 observations, actions in [-1, 1]; what cannot be trained on is refused."""
-    # papers report the outdated v4; float32 is what the networks want, infinite bounds included
+    """Flat float32 observations, actions in [-1, 1]; other envs are refused."""
+    # papers report the outdated v4; float32 is what the networks want
     warnings.filterwarnings("ignore", ".*(is out of date|precision lowered|overflow encountered).*")
     if torch.multiprocessing.parent_process():  # a worker: Ctrl-C is for the run, which saves
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    mujoco = metadata.version("mujoco")
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "disable")  # else dm_control warns: there is no screen
+        os.environ.setdefault("MUJOCO_GL", "disable")  # else dm_control warns
+    mujoco = metadata.version("mujoco")
     if env_id.startswith("dm_control/"):
         if int(mujoco.split(".")[0]) >= 4:
             fail(f"{env_id} needs mujoco below 4, not {mujoco}: pip install 'mujoco>=3.17,<4'")
@@ -638,15 +604,14 @@ def make_env(env_id: str, index: int = 0, film: bool = False) -> gym.Env:
         near = ", ".join(difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4))
         fail(f"cannot make {env_id!r} (mujoco {mujoco}): {error} Registered ids near it: {near}")
     if film and hasattr(env.unwrapped, "mujoco_renderer") and env.unwrapped.model.ncam:
-        env.unwrapped.mujoco_renderer.camera_id = 0  # follow: the default one stays where it is
+        env.unwrapped.mujoco_renderer.camera_id = 0  # it follows
 
-    actions = env.action_space
-    is_vector = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
-    if not (is_vector and actions.is_bounded()):
+    Box, actions = gym.spaces.Box, env.action_space
+    if not (isinstance(actions, Box) and actions.is_bounded() and len(actions.shape) == 1):
         fail(f"{env_id} has actions {actions}; only bounded vectors of numbers (Box) will do")
     space = env.observation_space
     leaves = space.values() if isinstance(space, gym.spaces.Dict) else [space]
-    if not all(isinstance(leaf, gym.spaces.Box) and leaf.dtype.kind == "f" for leaf in leaves):
+    if not all(isinstance(leaf, Box) and leaf.dtype.kind == "f" for leaf in leaves):
         fail(f"{env_id} has observations {space}; only vectors of numbers will do, images will not")
     env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
@@ -660,20 +625,8 @@ def make_envs(env_id: str, n: int, in_processes: bool = False, film: bool = Fals
     return vector(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
-def choose_opengl() -> None:
-    """Find a renderer that needs no screen, before mujoco's import reads MUJOCO_GL for good."""
-    if "DISPLAY" in os.environ or "MUJOCO_GL" in os.environ:
-        return
-    probe = [sys.executable, "-c", "import mujoco; mujoco.GLContext(8, 8).make_current()"]
-    for backend in "egl", "osmesa", "glfw":
-        os.environ["MUJOCO_GL"] = backend
-        if subprocess.run(probe, capture_output=True).returncode == 0:
-            return
-    fail("--capture-video finds no OpenGL: apt-get install libegl1 libegl-mesa0 (or libosmesa6)")
-
-
 def write_video(frames: list, env: gym.Env, file: Path) -> None:
-    """Write pictures of one episode of env to <file>-episode-0.mp4."""
+    """Write one episode of env to <file>-episode-0.mp4."""
     from gymnasium.utils.save_video import save_video  # slow to import
 
     dt = getattr(env.unwrapped, "dt", 1 / 30)  # MuJoCo's and dm_control's own clock
@@ -684,19 +637,18 @@ def describe_machine(device: torch.device) -> dict:
     """Versions, commit and hardware."""
     versions = {"python": sys.version.split()[0]}
     for package in "torch", "gymnasium", "mujoco", "dm-control", "numpy":
-        with suppress(metadata.PackageNotFoundError):  # dm-control may be missing
+        if find_spec(package.replace("-", "_")):  # dm-control may be missing
             versions[package] = metadata.version(package)
     git = "git describe --always --dirty --abbrev=40"
     folder = Path(__file__).parent
-    result = subprocess.run(git, shell=True, cwd=folder, capture_output=True, text=True)
-    versions["commit"] = result.stdout.strip()
-    versions["device"] = sys.platform
+    commit = subprocess.run(git, shell=True, cwd=folder, capture_output=True, text=True)
+    name = sys.platform
     cpuinfo = Path("/proc/cpuinfo")
     if device.type == "cuda":
-        versions["device"] = torch.cuda.get_device_name(device)
-    elif cpuinfo.exists() and "model name" in cpuinfo.read_text():
-        name = cpuinfo.read_text().split("model name", 1)[1].split("\n", 1)[0]
-        versions["device"] = name.split(": ", 1)[1]
+        name = torch.cuda.get_device_name(device)
+    elif cpuinfo.exists() and "model name\t: " in cpuinfo.read_text():
+        name = cpuinfo.read_text().split("model name\t: ")[1].splitlines()[0]
+    versions |= {"commit": commit.stdout.strip(), "device": name}
     return versions | {"threads": torch.get_num_threads()}
 
 
@@ -706,29 +658,35 @@ def make_run_dir(args: Args, device: torch.device) -> Path:
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
     run_dir = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
     run_dir.mkdir(parents=True)
-    versions = json.dumps(describe_machine(device), indent=2)
-    (run_dir / "versions.json").write_text(versions + "\n")
+    write_json(run_dir / "versions.json", describe_machine(device))
     return run_dir
 
 
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
 def cut_csv(path: Path, global_step: int) -> None:
-    """Drop the rows beyond global_step, and one torn off: what a resumed run will repeat."""
+    """Drop rows beyond global_step, which a resumed run repeats, and one torn off."""
     header, *rows = path.read_text().splitlines(keepends=True) or [""]
     kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= global_step]
     os.truncate(path, len(header + "".join(kept)))
 
 
+@dataclass
 class Run:
-    """How far a run is, and what it writes: CSV rows, TensorBoard events, videos, checkpoints."""
+    """How far a run is, and all that it writes."""
 
-    def __init__(self, args: Args, agent, buffer, envs, eval_envs, rng: Generator, stop):
-        self.args = args
-        self.agent = agent
-        self.buffer = buffer
-        self.envs = envs
-        self.eval_envs = eval_envs
-        self.rng = rng
-        self.stop = stop
+    args: Args
+    agent: Agent
+    buffer: ReplayBuffer
+    envs: gym.vector.VectorEnv
+    eval_envs: gym.vector.VectorEnv
+    rng: Generator
+    stop: "StopSignal"
+
+    def __post_init__(self):
+        args = self.args
         self.stopped = False
         self.global_step = 0
         self.start = time.perf_counter()
@@ -736,24 +694,26 @@ class Run:
         self.metrics = dict.fromkeys(charts, math.nan)  # the first columns of metrics.csv
         if args.resume:
             file, saved = load(args.resume, "checkpoint.pt")
+            refuse_changes(args, saved, self.rng.device)
             self.dir = file.parent
             self.first_obs = self.restore(saved)
         else:
-            self.first_obs, _ = envs.reset(seed=[2 * args.seed] * args.num_envs)
-            self.dir = make_run_dir(args, agent.device)
-        (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+            # even: evaluation has the odd seeds
+            self.first_obs, _ = self.envs.reset(seed=[2 * args.seed] * args.num_envs)
+            self.dir = make_run_dir(args, self.rng.device)
+        write_json(self.dir / "args.json", asdict(args))
         for path in self.dir.glob("*.csv"):
             cut_csv(path, self.global_step)
         if args.track:
             import wandb
 
-            names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-            names |= {"id": self.dir.name, "resume": "allow"}
-            wandb.init(**names, config=asdict(args), sync_tensorboard=True)
+            where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+            where |= {"id": self.dir.name, "resume": "allow"}
+            wandb.init(**where, config=asdict(args), sync_tensorboard=True)
             wandb.save(f"{self.dir}/videos/*.mp4", base_path=self.dir)
         self.writer = SummaryWriter(self.dir, purge_step=self.global_step + 1)
-        total = args.total_timesteps
-        self.bar = tqdm(total=total, initial=self.global_step, unit="step", disable=None)
+        progress = {"total": args.total_timesteps, "initial": self.global_step}
+        self.bar = tqdm(**progress, unit="step", disable=None)
 
     def at_last_step(self) -> bool:
         return self.global_step + self.args.num_envs > self.args.total_timesteps
@@ -762,26 +722,26 @@ class Run:
         return self.at_last_step() or self.stopped
 
     def due(self, every: int) -> bool:
-        """Every so many steps and at the last one; 0 means at the last one only."""
+        """Every so many steps, and at the last one; 0: at the last one only."""
         passed = every > 0 and self.global_step % every < self.args.num_envs
         return passed or self.at_last_step()
 
     def after_step(self) -> None:
-        """Log, evaluate and save, when they are due."""
-        self.bar.update(self.args.num_envs)
-        wall_time = round(time.perf_counter() - self.start, 3)
+        """Log, evaluate and save, if due."""
+        args = self.args
+        self.bar.update(args.num_envs)
         self.now = {"global_step": self.global_step, "updates": self.agent.updates}
-        self.now["wall_time"] = wall_time
-        if self.due(self.args.log_every) and self.agent.updates:
+        self.now["wall_time"] = round(time.perf_counter() - self.start, 3)
+        if self.due(args.log_every) and self.agent.updates:
             self.log()
-        if self.args.eval_every and self.due(self.args.eval_every):
+        if args.eval_every and self.due(args.eval_every):
             self.evaluate()
         self.stopped = bool(self.stop)  # decided once: a later signal waits for the next step
-        if self.stopped or self.due(self.args.checkpoint_every):
+        if self.stopped or self.due(args.checkpoint_every):
             self.save()
 
     def refuse_divergence(self) -> None:
-        """End a run with NaN or infinite numbers before it replaces its last good checkpoint."""
+        """End a run that diverged before it replaces its last good checkpoint."""
         self.metrics = {name: float(value) for name, value in self.metrics.items()}
         for name, value in (self.metrics | self.agent.state_dict()).items():
             finite = torch.as_tensor(value).isfinite().all()
@@ -789,11 +749,11 @@ class Run:
                 raise SystemExit(f"diverged: {name} is NaN or infinite at step {self.global_step}")
 
     def write(self, name: str, row: dict, plotted: dict) -> None:
-        """Append to <name>.csv, columns from the first row, NaN empty; TensorBoard gets plotted."""
+        """Append to <name>.csv, columns from the first row, NaN empty; plot in TensorBoard."""
         with (self.dir / f"{name}.csv").open("a") as file:
             if file.tell() == 0:
                 file.write(",".join(row) + "\n")
-            cells = ["" if value != value else str(value) for value in row.values()]  # NaN != NaN
+            cells = ["" if x != x else str(x) for x in row.values()]  # NaN is not itself
             file.write(",".join(cells) + "\n")
         for key, value in plotted.items():
             self.writer.add_scalar(key, value, self.global_step)
@@ -809,46 +769,46 @@ class Run:
         self.refuse_divergence()
         for mode, act in MODES.items():
             frames = [] if self.args.capture_video and mode == DEPLOYED else None
-            # too short to compile for its own number of envs
-            with torch.compiler.set_stance("force_eager"):
-                returns, successes = evaluate(
-                    act, self.agent, self.eval_envs, self.args, frames, self.stop
-                )
+            with torch.compiler.set_stance("force_eager"):  # not worth compiling for
+                results = evaluate(act, self.agent, self.eval_envs, self.args, frames, self.stop)
             if self.stop:
                 return
             if frames:
                 write_video(frames, self.eval_envs.envs[0], self.dir / f"videos/{self.global_step}")
-            nfe, num_candidates = cost_of(mode, self.args)
-            row = {"mode": mode, "nfe": nfe, "num_candidates": num_candidates}
+            returns, successes = results
+            nfe, candidates = cost_of(mode, self.args)
+            row = {"mode": mode, "nfe": nfe, "num_candidates": candidates}
             scores = {"return_mean": returns.mean(), "return_std": returns.std()}
             row |= scores | {"success_rate": successes.mean()}
-            row["returns"] = " ".join(f"{value:.4f}" for value in returns)
-            plotted = {f"eval_{mode}/{name}": value for name, value in scores.items()}
+            row["returns"] = " ".join(f"{x:.4f}" for x in returns)
+            plotted = {f"eval_{mode}/{name}": x for name, x in scores.items()}
             self.write("evaluations", self.now | row, plotted)
             tqdm.write(f"step {self.global_step:,}: {mode} {returns.mean():.1f}")
 
     def save(self) -> None:
         """policy.pt to use the policy, checkpoint.pt to go on training exactly where it stopped."""
         self.refuse_divergence()
-        agent, buffer = self.agent, self.buffer
+        agent = self.agent
         args = asdict(replace(self.args, resume=None))
         policy = {"policy": agent.acting_policy.state_dict(), "critics": agent.critic.state_dict()}
         policy |= {"args": args, "global_step": self.global_step}
-        state = self.now | {"metrics": self.metrics, "args": args, "agent": agent.state_dict()}
-        state["counters"] = {name: getattr(agent, name) for name in agent.counters}
-        state["optimizers"] = {name: opt.state_dict() for name, opt in agent.optimizers.items()}
-        filled = {name: column[: buffer.size].clone() for name, column in buffer.data.items()}
-        state |= {"buffer": filled, "position": buffer.position}
-        state |= {"rng": self.rng.get_state(), "device": self.rng.device.type}
+        size = self.buffer.size
         episodes = self.envs.get_attr("episode")
-        state["episodes"] = [
-            e | {"actions": torch.tensor(np.array(e["actions"]))} for e in episodes
-        ]
-        for name, content in ("policy.pt", policy), ("checkpoint.pt", state):
+        state = {
+            "args": args,
+            "metrics": self.metrics,
+            "agent": agent.state_dict(),
+            "counters": {name: getattr(agent, name) for name in agent.counters},
+            "optimizers": {name: opt.state_dict() for name, opt in agent.optimizers.items()},
+            "buffer": {name: x[:size].clone() for name, x in self.buffer.data.items()},
+            "position": self.buffer.position,
+            "rng": self.rng.get_state(),
+            "device": self.rng.device.type,
+            "episodes": [e | {"actions": torch.tensor(np.array(e["actions"]))} for e in episodes],
+        }
+        for name, content in ("policy.pt", policy), ("checkpoint.pt", self.now | state):
             torch.save(content, self.dir / f"{name}.tmp")
-            os.replace(
-                self.dir / f"{name}.tmp", self.dir / name
-            )  # a crash leaves one of them whole
+            os.replace(self.dir / f"{name}.tmp", self.dir / name)  # a crash leaves one whole
 
     def restore(self, saved: dict) -> np.ndarray:
         """Undo save; returns the observations the envs were at."""
@@ -859,7 +819,7 @@ class Run:
         for name, value in saved["counters"].items():
             setattr(self.agent, name, value)
         for name, optimizer in self.agent.optimizers.items():
-            lr = optimizer.param_groups[0]["lr"]  # maybe a tensor that must stay the same one
+            lr = optimizer.param_groups[0]["lr"]  # perhaps the tensor agent.policy_lr
             optimizer.load_state_dict(saved["optimizers"][name])
             optimizer.param_groups[0]["lr"] = lr
         self.buffer.position = saved["position"]
@@ -875,7 +835,7 @@ class Run:
 
 
 def load(path: str, name: str) -> tuple[Path, dict]:
-    """Read what Run.save wrote, given the file or its run directory; refuse anything else."""
+    """Read what Run.save wrote, given the file or its folder; refuse anything else."""
     file = Path(path) / name if Path(path).is_dir() else Path(path)
     keys = {"args", "global_step", "episodes" if name == "checkpoint.pt" else "policy"}
     try:
@@ -886,7 +846,6 @@ def load(path: str, name: str) -> tuple[Path, dict]:
     return file, content
 
 
-# what may be said about the arguments beyond their types
 MAY_BE_ZERO = {"seed", "eval_every", "checkpoint_every", "torch_threads", "noise_scale"}
 MAY_BE_ZERO |= {"policy_lr_decay"}
 AT_MOST_ONE = {"gamma", "tau", "q_stats_rate"}
@@ -907,21 +866,17 @@ def check_args(args: Args) -> None:
     limits["learning_starts"] = (args.total_timesteps, "at most --total-timesteps")
     rules = []
     for name, value in asdict(args).items():
+        if isinstance(value, bool | str | None) or name in RISING:
+            continue
         limit, high = limits.get(name, (sys.float_info.max, "finite"))
         low = "0 or more" if name in MAY_BE_ZERO else "above 0"
-        if name in RISING:
-            first, last = value
-            holds = -math.inf < first < last < math.inf
-            rules.append((holds, f"{flag(name)} {first} {last} must be finite and rise"))
-        elif not isinstance(value, bool | str | None):
-            for number in np.atleast_1d(value).tolist():
-                positive = number > 0 or (number == 0 and name in MAY_BE_ZERO)
-                rules.append(
-                    (
-                        positive and number <= limit,
-                        f"{flag(name)} {number} must be {low} and {high}",
-                    )
-                )
+        for number in np.atleast_1d(value).tolist():
+            holds = 0 < number <= limit or (number == 0 and name in MAY_BE_ZERO)
+            rules.append((holds, f"{flag(name)} {number} must be {low} and {high}"))
+    for name in RISING:
+        first, last = getattr(args, name)
+        holds = -math.inf < first < last < math.inf
+        rules.append((holds, f"{flag(name)} {first} {last} must be finite and rise"))
     updates = args.utd * (args.total_timesteps - args.learning_starts)
     rules.append((updates >= 1, f"--utd {args.utd} gives no update; raise it or --total-timesteps"))
     for holds, message in rules:
@@ -929,28 +884,25 @@ def check_args(args: Args) -> None:
             fail(message)
 
 
+def refuse_changes(args: Args, saved: dict, device: torch.device) -> None:
+    """A checkpoint goes on with its own arguments, on its own kind of device."""
+    for name, value in saved["args"].items():
+        if name not in MAY_CHANGE and value != getattr(args, name):
+            fail(f"{flag(name)} cannot change on --resume; it was {value}")
+    if saved["device"] != device.type:
+        fail(f"{args.resume} was written on {saved['device']} and can only go on there")
+
+
 def choose_device(args: Args) -> torch.device:
-    """The device to run on; refuses one that is not there."""
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    """The device to run on; one that is not there is refused."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.empty(0, device=name).device
+        device = torch.empty(0, device=auto if args.device == "auto" else args.device).device
     except (RuntimeError, AssertionError):
         fail(f"--device {args.device} is not to be had here; --device auto takes what there is")
     if args.precision == "tf32" and device.type != "cuda":
         fail(f"--precision tf32 needs a CUDA GPU, not --device {device}")
     return device
-
-
-def check_resume(args: Args, device: torch.device) -> None:
-    """Refuse to go on with other arguments or on another kind of device."""
-    file, saved = load(args.resume, "checkpoint.pt")
-    for name, value in saved["args"].items():
-        if name not in MAY_CHANGE and value != getattr(args, name):
-            fail(f"{flag(name)} cannot change on --resume; it was {value}")
-    if saved["device"] != device.type:
-        fail(f"{file} was written on {saved['device']} and can only go on there")
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -963,7 +915,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 class StopSignal:
-    """The first SIGINT or SIGTERM is noted, so that the run saves; a second one exits at once."""
+    """Note the first SIGINT or SIGTERM, so that the run saves; the second exits at once."""
 
     def __init__(self):
         self.signum = None
@@ -973,7 +925,7 @@ class StopSignal:
 
     def __enter__(self):
         self.handlers = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-        # Compilers inherit this mask, so they outlive a terminal's Ctrl-C. This process still
+        # Compilers inherit this mask and so outlive a terminal's Ctrl-C. This process still
         # hears of it, through the thread of TensorBoard's writer, which is older than the mask.
         self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         return self
@@ -989,7 +941,7 @@ class StopSignal:
         self.signum = signum
 
 
-# ======== 4 SPEED: compiled and recorded functions, the deployed policy; then main ========
+# ================= 4 SPEED: compiled and recorded updates, the deployed policy ==============
 class FastMish(nn.Mish):
     """Mish x tanh(softplus(x)); compiled, with one exponential, most of what it costs."""
 
@@ -1010,11 +962,11 @@ class Captured:
 
     def __init__(self, function: Callable):
         self.function = function
-        self.calls = Counter()
+        self.calls = {}
         self.graphs = {}
 
     def __call__(self, agent, inputs, args: Args, rng: Generator, *key):
-        self.calls[key] += 1
+        self.calls[key] = self.calls.get(key, 0) + 1
         if self.calls[key] <= 3:
             return self.function(agent, inputs, args, rng, *key)
         if key not in self.graphs:
@@ -1035,14 +987,12 @@ class Captured:
 
 
 def accelerate(
-    agent: Agent,
-    explore: Callable,
-    improve: Callable,
-    args: Args,  # noqa: ARG001
+    agent: Agent, explore: Callable, improve: Callable, _args: Args
 ) -> tuple[Callable, Callable]:
-    """--compile: the same two functions, compiled, and recorded on CUDA; or a line says why not."""
+    """The two functions compiled, and on CUDA recorded; or they themselves, and a line why."""
+    device = agent.device
     try:
-        torch.compile(torch.exp)(torch.ones(1, device=agent.device))
+        torch.compile(torch.exp)(torch.ones(1, device=device))
     except Exception as error:  # no C++ compiler or Triton; torch has many ways to say so
         print(f"going on without --compile: {str(error).splitlines()[0]}", file=sys.stderr)
         return explore, improve
@@ -1053,18 +1003,17 @@ def accelerate(
     for network in agent.policy, agent.critic, agent.target_critic:
         network.compile(dynamic=False)
     improve = partial(improve, loss=torch.compile(policy_loss, dynamic=False))
-    if agent.device.type == "cuda":
-        explore, improve = Captured(explore), Captured(improve)
-        torch.cuda.synchronize(agent.device)
-        stream = torch.cuda.Stream(agent.device)
-        torch.cuda.set_stream(stream)  # the default one cannot be captured
-    return explore, improve
+    if device.type != "cuda":
+        return explore, improve
+    torch.cuda.synchronize(device)
+    torch.cuda.set_stream(torch.cuda.Stream(device))  # the default one cannot be captured
+    return Captured(explore), Captured(improve)
 
 
 class OneStepPolicy(nn.Module):
     """The deployed policy: noise z = prior_std * e -> action = clip(z + v(s, z, 0)).
 
-    The time is constant, so its share of the first layer is one too, and becomes a bias.
+    The time is constant, so its share of the first layer becomes a bias.
     """
 
     def __init__(self, policy: VelocityField):
@@ -1076,20 +1025,9 @@ class OneStepPolicy(nn.Module):
         self.rest = policy.net.rest
 
     def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """obs (B, obs_dim), noise (..., B, act_dim) -> actions in [-1, 1] like noise."""
-        hidden = self.from_obs(obs) + self.from_z(noise)
-        return (noise + self.rest(hidden)).clamp(-1, 1)
-
-
-def deploy(agent: Agent) -> Callable:
-    """The function of the deployed mode, by OneStepPolicy."""
-    policy = OneStepPolicy(agent.acting_policy)
-
-    def act(agent: Agent, obs: Tensor, args: Args, rng: Generator) -> Tensor:
-        noise = torch.randn((len(obs), agent.policy.act_dim), generator=rng, device=obs.device)
-        return policy(obs, args.prior_std * noise)
-
-    return act
+        """obs (B, obs_dim), noise (..., B, act_dim) -> actions like noise."""
+        velocity = self.rest(self.from_obs(obs) + self.from_z(noise))
+        return (noise + velocity).clamp(-1, 1)
 
 
 def replay(args: Args, agent: Agent, envs) -> None:
@@ -1098,17 +1036,20 @@ def replay(args: Args, agent: Agent, envs) -> None:
     if args.env_id != saved["args"]["env_id"]:
         fail(f"{file} was trained on {saved['args']['env_id']}, not on {args.env_id}")
     agent.acting_policy.load_state_dict(saved["policy"])
-    act = deploy(agent)
+    act = MODES[DEPLOYED]
     frames = [] if args.capture_video else None
     returns, _ = evaluate(act, agent, envs, args, frames)
     if frames:
-        write_video(frames, envs.envs[0], file.parent / "videos" / "evaluate")
+        write_video(frames, envs.envs[0], file.parent / "videos/evaluate")
     for episode, value in enumerate(returns):
         print(f"episode {episode}: return {value:.4f}")
     obs = torch.zeros(1, *envs.single_observation_space.shape, device=agent.device)
     rng = Generator(agent.device)
-    seconds = min(timeit.repeat(lambda: act(agent, obs, args, rng).cpu(), number=100)) / 100
-    print(f"return {returns.mean():.2f} +- {returns.std():.2f} {1000 * seconds:.3f} ms/action")
+    start = time.perf_counter()
+    for _ in range(500):
+        act(agent, obs, args, rng).cpu()
+    ms = 1000 * (time.perf_counter() - start) / 500
+    print(f"return {returns.mean():.2f} +- {returns.std():.2f} {ms:.3f} ms/action")
 
 
 def main(args: Args) -> Path | None:
@@ -1118,14 +1059,15 @@ def main(args: Args) -> Path | None:
     torch.set_num_threads(args.torch_threads or min(8, torch.get_num_threads()))
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     warnings.filterwarnings("ignore", ".*(capturable=True|float32_matmul_precision).*")
-    if args.resume:
-        check_resume(args, device)
-    if args.capture_video:
-        choose_opengl()
+    if args.capture_video and not {"DISPLAY", "MUJOCO_GL"} & os.environ.keys():
+        fail(
+            "--capture-video without a screen needs OpenGL: apt-get install libegl1, MUJOCO_GL=egl"
+        )
     envs = make_envs(args.env_id, args.num_envs, args.async_envs)  # first, because it may fork
     film = args.capture_video  # which wants the simulators in this process
     eval_envs = make_envs(args.env_id, args.eval_episodes, args.async_envs and not film, film)
-    obs_dim, act_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    obs_dim = envs.single_observation_space.shape[0]
+    act_dim = envs.single_action_space.shape[0]
     torch.manual_seed(args.seed)  # the networks' initial weights
     agent = Agent(obs_dim, act_dim, args, device)
     if args.evaluate:
