@@ -1,7 +1,7 @@
 """SAC: soft actor-critic, the Gaussian policy that flow policies are compared with.
 
-A network gives the mean and the standard deviation of a Gaussian, which tanh squashes into [-1, 1].
-The policy climbs the critics' gradient, and its entropy, which a learnt alpha holds at -act_dim.
+A network gives the mean and std of a Gaussian, which tanh squashes into [-1, 1]. The policy
+climbs the critics' gradient, and its own entropy, which a learnt alpha holds at -act_dim.
 Below, e ~ N(0, I), d is act_dim, and Q' are the target critics.
 
     sample        u = mean + std e,  a = tanh(u),  log pi = log N(u; mean, std) - sum log(1 - a^2)
@@ -65,51 +65,51 @@ from tqdm import tqdm
 class Args:
     # --- run: what is trained, for how long, and what is written down ---
     env_id: str = "Ant-v4"  # gymnasium id, dm_control/<domain>-<task>-v0 or module:EnvId
-    seed: int = 1  # seeds networks, noise, replay sampling, warm-up actions and every episode
-    total_timesteps: int = 1_000_000  # environment steps over all envs, warm-up included
+    seed: int = 1  # seeds networks, noise, replay sampling and every episode
+    total_timesteps: int = 1_000_000  # environment steps, over all envs
     num_envs: int = 5  # parallel training environments
     exp_name: str = Path(__file__).stem  # second part of the run directory's name
     runs_dir: str = "runs"  # where run directories are created
-    log_every: int = 1_000  # environment steps between rows of metrics.csv
-    eval_every: int = 25_000  # environment steps between evaluations, 0: never
+    log_every: int = 1_000  # steps between rows of metrics.csv
+    eval_every: int = 25_000  # steps between evaluations, 0: never
     eval_episodes: int = 10  # episodes per evaluation, all side by side
-    checkpoint_every: int = 50_000  # environment steps between checkpoints, 0: only at the end
-    capture_video: bool = False  # film the first episode of every one-step evaluation
+    checkpoint_every: int = 50_000  # steps between checkpoints, 0: only at the end
+    capture_video: bool = False  # film an episode of every one-step evaluation
     track: bool = False  # mirror the run to Weights & Biases
     wandb_project_name: str = "one-step-flow-rl"  # project on Weights & Biases
     wandb_entity: str | None = None  # team on Weights & Biases
     resume: str | None = None  # checkpoint.pt or a run directory to go on with
-    evaluate: str | None = None  # policy.pt to replay with its mean action, without training
+    evaluate: str | None = None  # policy.pt to replay, the mean action
 
     # --- algorithm: defaults match FPMD's setting; CleanRL's is the command above ---
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate of the moving averages (target critics)
+    tau: float = 0.005  # rate of the target critics
     batch_size: int = 256  # transitions per update, B
     buffer_size: int = 1_000_000  # transitions the replay buffer holds
-    learning_starts: int = 30_000  # environment steps with random actions before learning
+    learning_starts: int = 30_000  # random environment steps before learning
     utd: float = 0.2  # gradient updates per environment step
     reward_scale: float = 0.2  # rewards are multiplied by this
-    tanh_correction: bool = True  # log pi is the action's; without, that of u, as FPMD's authors do
+    tanh_correction: bool = True  # log pi is the action's, or that of u, as FPMD's authors do
     log_std_range: tuple[float, float] = (-20.0, 0.5)  # log std is clipped to this
     critic_lr: float = 3e-4  # Adam step size of the critics
-    critic_steps: int = 2  # Adam steps on each critic gradient, as in FPMD; SAC's own is 1
+    critic_steps: int = 2  # Adam steps per critic gradient, as in FPMD; SAC takes 1
     policy_lr: float = 3e-4  # Adam step size of the policy
-    alpha_init: float = 2.718281828459045  # alpha at the start: e, as in the FPMD authors' SAC
+    alpha_init: float = 2.718281828459045  # at the start: e, as FPMD's authors
     alpha_lr: float = 3e-4  # Adam step size of log alpha
-    target_entropy_scale: float = 1.0  # alpha holds the policy's entropy at -scale * act_dim
+    target_entropy_scale: float = 1.0  # alpha holds the entropy at -scale * act_dim
     activation: Literal["mish", "gelu", "relu"] = "mish"  # after every hidden layer
-    hidden_dim: int = 256  # width of the hidden layers of every network
+    hidden_dim: int = 256  # width of the hidden layers
     hidden_layers: int = 3  # their number
 
     # --- speed: how it is computed ---
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, mps
-    compile: bool = True  # compile, and on CUDA capture, an update; the first ones take a minute
-    precision: Literal["float32", "tf32"] = "float32"  # of matrix products; tf32: on a GPU
-    torch_threads: int = 0  # CPU threads of torch, 0: at most 8; give 1 to side-by-side runs
-    async_envs: bool = False  # one process per environment (pays off for slow simulators)
+    compile: bool = True  # compile and, on CUDA, record updates
+    precision: Literal["float32", "tf32"] = "float32"  # tf32: on a GPU
+    torch_threads: int = 0  # CPU threads of torch, 0: at most 8
+    async_envs: bool = False  # one process per env, for slow simulators
 
 
-# ========================= 1 METHOD: networks, acting, learning =========================
+# ============ 1 METHOD: networks, acting, learning
 def linear(in_dim: int, out_dim: int, fan_in: int, bias: bool = True) -> nn.Linear:
     """A linear layer with weights N(0, 1 / fan_in) cut at two std, as in haiku."""
     layer = nn.Linear(in_dim, out_dim, bias=bias)
@@ -192,10 +192,8 @@ class Agent(nn.Module):
         }
 
 
-# ---------------------------------------------------------------------------- acting
-def sample(
-    policy: nn.Module, obs: Tensor, e: Tensor, tanh_correction: bool
-) -> tuple[Tensor, Tensor]:
+# ------------ acting
+def sample(policy: nn.Module, obs: Tensor, e: Tensor, tanh_correction: bool) -> tuple:
     """a = tanh(u) for u = mean + std e, and log pi(a|s), or that of u without the correction.
 
     log pi = sum log N(e; 0, I) - log std - log(1 - a^2), whose last term is the correction.
@@ -234,16 +232,11 @@ def cost_of(_mode: str, _args: Args) -> tuple[int, int]:
     return 1, 1
 
 
-# ---------------------------------------------------------------------------- learning
+# ------------ learning
 def critic_loss(
-    critic: TwinCritic,
-    target_critic: TwinCritic,
-    batch: dict,
-    next_actions: Tensor,
-    bonus: Tensor,
-    args: Args,
-) -> tuple[Tensor, Tensor]:
-    """Clipped double-Q regression: the loss and Q (2, B); only termination stops bootstrapping.
+    critic, target_critic, batch: dict, next_actions: Tensor, bonus: Tensor, args: Args
+):
+    """Clipped double-Q: loss and Q (2, B); only termination ends bootstrapping.
 
     next_actions a' (B, act_dim) and their entropy bonus -alpha log pi(a'|s') (B,).
     """
@@ -255,14 +248,7 @@ def critic_loss(
     return (q - y).square().mean(1).sum(), q.detach()
 
 
-def policy_loss(
-    policy: nn.Module,
-    critic: nn.Module,
-    obs: Tensor,
-    e: Tensor,
-    alpha: Tensor,
-    tanh_correction: bool,
-) -> tuple[Tensor, Tensor]:
+def policy_loss(policy, critic, obs: Tensor, e: Tensor, alpha: Tensor, tanh_correction: bool):
     """Mean of alpha log pi(a|s) - min(Q_1, Q_2)(s, a) for a from noise e (B, act_dim), and H.
 
     The gradient reaches the policy through a, so it is the critics' slope that improves it.
@@ -278,9 +264,7 @@ def move_towards(slow: nn.Module, fast: nn.Module, tau: float) -> None:
         torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), tau)
 
 
-def update_critic(
-    agent: Agent, batch: dict, next_actions: Tensor, bonus: Tensor, args: Args
-) -> dict:
+def update_critic(agent: Agent, batch: dict, next_actions, bonus: Tensor, args: Args) -> dict:
     """Adam steps of the critics on one gradient; SAC's authors take one."""
     critics = agent.critic, agent.target_critic
     loss, q = critic_loss(*critics, batch, next_actions, bonus, args)
@@ -291,9 +275,7 @@ def update_critic(
     return {"losses/critic_loss": loss.detach(), "losses/q_values": q.mean()}
 
 
-def update_policy(
-    agent: Agent, obs: Tensor, e: Tensor, alpha: Tensor, args: Args, loss=None
-) -> dict:
+def update_policy(agent: Agent, obs, e: Tensor, alpha: Tensor, args: Args, loss=None) -> dict:
     """Adam step on new actions at obs from noise e (B, act_dim); loss: policy_loss, compiled."""
     networks = agent.policy, agent.critic
     loss, entropy = (loss or policy_loss)(*networks, obs, e, alpha, args.tanh_correction)
@@ -309,23 +291,16 @@ def update_alpha(agent: Agent, entropy: Tensor, args: Args) -> None:
     agent.optimizers["alpha"].step()
 
 
-def update(
-    agent: Agent, batch: dict, args: Args, rng: Generator, _improve_policy: bool, loss=None
-) -> dict[str, Tensor]:
-    """One gradient update from a batch of (B, ...) tensors; returns scalars for the log.
-
-    Every update improves the policy. No counter of Python's is read, so that a CUDA graph can
-    record it whole.
-    """
+def update(agent: Agent, batch: dict, args: Args, rng, _improve_policy: bool, loss=None) -> dict:
+    """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
+    # no counter of Python's is read: a CUDA graph can record it all
     obs = batch["obs"]
     alpha = agent.log_alpha.detach().exp()
     shape = (2, len(obs), agent.policy.act_dim)
     e, next_e = torch.randn(shape, generator=rng, device=obs.device)
     with torch.no_grad():
-        next_actions, log_probs = sample(
-            agent.policy, batch["next_obs"], next_e, args.tanh_correction
-        )
-    metrics = update_critic(agent, batch, next_actions, -alpha * log_probs, args)
+        actions, log_probs = sample(agent.policy, batch["next_obs"], next_e, args.tanh_correction)
+    metrics = update_critic(agent, batch, actions, -alpha * log_probs, args)
     metrics |= update_policy(agent, obs, e, alpha, args, loss)
     update_alpha(agent, metrics["policy/entropy"], args)
     move_towards(agent.target_critic, agent.critic, args.tau)
@@ -341,7 +316,7 @@ def follow_steps(_agent: Agent, _args: Args, _global_step: int) -> None:
     """What environment steps drive, not updates: nothing in SAC."""
 
 
-# ======== 2 TRAINING: replay buffer, evaluation, the loop; the same in every script ========
+# ============ 2 TRAINING: buffer, evaluation, the loop; the same in every script
 class ReplayBuffer:
     """Ring buffer of transitions, on the device that learns from it."""
 
@@ -363,12 +338,13 @@ class ReplayBuffer:
         }
 
     def add(self, **transitions: np.ndarray) -> None:
-        """Store one transition per env: arrays (num_envs, ...) under the names of the columns."""
-        n, device = len(transitions["obs"]), self.rows.device
+        """Store a transition per env: arrays (num_envs, ...) by column name."""
+        n = len(transitions["obs"])
+        device = self.rows.device
         columns = [np.reshape(transitions[name], (n, -1)) for name in self.shapes]
         rows = np.concatenate(columns, 1, dtype=np.float32)
         index = (self.position + torch.arange(n, device=device)) % len(self.rows)
-        # one transfer; from pageable memory it has left the array when the call returns
+        # one transfer; pageable memory has been read when the call returns
         self.rows[index] = torch.from_numpy(rows).to(device, non_blocking=True)
         self.position = (self.position + n) % len(self.rows)
         self.size = min(self.size + n, len(self.rows))
@@ -380,9 +356,9 @@ class ReplayBuffer:
 
 
 def evaluate(act: Callable, agent: Agent, envs, args: Args, frames=None, stop=()):
-    """One episode per env: returns and successes (NaN: unknown), (num_envs,); frames: to film."""
+    """An episode per env: returns and successes (NaN: unknown), (num_envs,)."""
     rng = Generator(agent.device).manual_seed(args.seed)  # all evaluations start alike
-    obs, _ = envs.reset(seed=[2 * args.seed + 1] * envs.num_envs)  # training has the even seeds
+    obs, _ = envs.reset(seed=[2 * args.seed + 1] * envs.num_envs)  # training: even seeds
     running = np.full(envs.num_envs, True)
     returns = np.zeros(envs.num_envs)
     successes = np.full(envs.num_envs, np.nan)
@@ -403,11 +379,10 @@ def evaluate(act: Callable, agent: Agent, envs, args: Args, frames=None, stop=()
 
 def updates_due(args: Args, global_step: int) -> int:
     """Gradient updates that belong to this many environment steps."""
-    # 0.2 * 5 must give 1, however it rounds
-    return int(args.utd * (global_step - args.learning_starts) + 1e-9)
+    return int(args.utd * (global_step - args.learning_starts) + 1e-9)  # 0.2 * 5 is 1
 
 
-def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng: Generator, obs) -> None:
+def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng, obs) -> None:
     """Act, learn, step, store; obs (num_envs, obs_dim) is where the envs are."""
     explore, improve = act_explore, update
     if args.compile:
@@ -424,7 +399,7 @@ def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng: Genera
         if args.async_envs:
             envs.step_async(actions)
 
-        # learn from what is stored so far, while GPU or processes overlap it with the simulators
+        # learn from what is stored so far; GPU or processes overlap it with the simulators
         while agent.updates < updates_due(args, run.global_step):
             improve_policy = prepare_update(agent, args)
             batch = buffer.sample(args.batch_size, rng)
@@ -443,13 +418,13 @@ def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng: Genera
             run.metrics["charts/episodic_length"] = float(episode["l"][i])
 
         # store
-        row = {"obs": obs, "actions": actions, "rewards": rewards, "terminations": terminations}
-        buffer.add(**row, next_obs=last_obs)
+        outcome = {"rewards": rewards, "next_obs": last_obs, "terminations": terminations}
+        buffer.add(obs=obs, actions=actions, **outcome)
         obs = next_obs
         run.after_step()  # log, evaluate, save
 
 
-# ======== 3 PLUMBING: environments, files, arguments; the same in every script ========
+# ============ 3 PLUMBING: environments, files, arguments; the same in every script
 def fail(message: str) -> NoReturn:
     """Refuse bad input: one line on stderr, exit status 2."""
     print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
@@ -457,7 +432,7 @@ def fail(message: str) -> NoReturn:
 
 
 class SeededEpisodes(gym.Wrapper):
-    """Seed every episode anew: its seed and actions rebuild it exactly, as no saved state can."""
+    """Seed every episode: its seed and actions rebuild it exactly, as no state can."""
 
     def __init__(self, env: gym.Env, index: int):
         super().__init__(env)
@@ -492,41 +467,55 @@ class SeededEpisodes(gym.Wrapper):
 def make_env(env_id: str, index: int = 0, film: bool = False) -> gym.Env:
     """Flat float32 observations, actions in [-1, 1]; other envs are refused."""
     # papers report the outdated v4; float32 is what the networks want
-    warnings.filterwarnings("ignore", ".*(is out of date|precision lowered|overflow encountered).*")
-    if torch.multiprocessing.parent_process():  # a worker: Ctrl-C is for the run, which saves
+    harmless = "is out of date|precision lowered|overflow encountered"
+    warnings.filterwarnings("ignore", f".*({harmless}).*")
+    if torch.multiprocessing.parent_process():  # Ctrl-C is for the run
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "disable")  # else dm_control warns
+        # else dm_control warns
+        os.environ.setdefault("MUJOCO_GL", "disable")
     mujoco = metadata.version("mujoco")
     if env_id.startswith("dm_control/"):
         if int(mujoco.split(".")[0]) >= 4:
-            fail(f"{env_id} needs mujoco below 4, not {mujoco}: pip install 'mujoco>=3.17,<4'")
-        import shimmy  # noqa: F401  registers the ids, in every worker process too
+            cure = "pip install 'mujoco>=3.17,<4'"
+            fail(f"{env_id} needs mujoco below 4, not {mujoco}: {cure}")
+        # registers the ids, in every worker process too
+        import shimmy  # noqa: F401
     render = {"render_mode": "rgb_array"} if film else {}
     try:
         env = gym.make(env_id, **render)
     except (gym.error.Error, ImportError) as error:
-        near = ", ".join(difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4))
-        fail(f"cannot make {env_id!r} (mujoco {mujoco}): {error} Registered ids near it: {near}")
-    if film and hasattr(env.unwrapped, "mujoco_renderer") and env.unwrapped.model.ncam:
-        env.unwrapped.mujoco_renderer.camera_id = 0  # it follows
+        near = difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4)
+        known = f"Registered ids near it: {', '.join(near)}"
+        fail(f"cannot make {env_id!r} (mujoco {mujoco}): {error} {known}")
+    raw = env.unwrapped
+    if film and hasattr(raw, "mujoco_renderer") and raw.model.ncam:
+        raw.mujoco_renderer.camera_id = 0  # it follows
 
-    Box, actions = gym.spaces.Box, env.action_space
-    if not (isinstance(actions, Box) and actions.is_bounded() and len(actions.shape) == 1):
-        fail(f"{env_id} has actions {actions}; only bounded vectors of numbers (Box) will do")
+    Box = gym.spaces.Box
+    space = env.action_space
+    if not (isinstance(space, Box) and space.is_bounded() and len(space.shape) == 1):
+        reason = "only bounded vectors of numbers (Box) will do"
+        fail(f"{env_id} has actions {space}; {reason}")
     space = env.observation_space
-    leaves = space.values() if isinstance(space, gym.spaces.Dict) else [space]
+    leaves = [space]
+    if isinstance(space, gym.spaces.Dict):
+        leaves = space.values()
     if not all(isinstance(leaf, Box) and leaf.dtype.kind == "f" for leaf in leaves):
-        fail(f"{env_id} has observations {space}; only vectors of numbers will do, images will not")
-    env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
+        reason = "only vectors of numbers will do, images will not"
+        fail(f"{env_id} has observations {space}; {reason}")
+    env = gym.wrappers.FlattenObservation(env)
+    env = gym.wrappers.DtypeObservation(env, np.float32)
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     return SeededEpisodes(gym.wrappers.RecordEpisodeStatistics(env), index)
 
 
 def make_envs(env_id: str, n: int, in_processes: bool = False, film: bool = False):
-    """Vector env whose done step already returns the next episode's first observation."""
+    """A vector env whose last step of an episode returns the next one's first obs."""
     makers = [partial(make_env, env_id, i, film and i == 0) for i in range(n)]
-    vector = gym.vector.AsyncVectorEnv if in_processes else gym.vector.SyncVectorEnv
+    vector = gym.vector.SyncVectorEnv
+    if in_processes:
+        vector = gym.vector.AsyncVectorEnv
     return vector(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
@@ -534,7 +523,8 @@ def write_video(frames: list, env: gym.Env, file: Path) -> None:
     """Write one episode of env to <file>-episode-0.mp4."""
     from gymnasium.utils.save_video import save_video  # slow to import
 
-    dt = getattr(env.unwrapped, "dt", 1 / 30)  # MuJoCo's and dm_control's own clock
+    # MuJoCo's and dm_control's own clock
+    dt = getattr(env.unwrapped, "dt", 1 / 30)
     save_video(frames, file.parent, lambda _: True, name_prefix=file.name, fps=1 / dt)
 
 
@@ -542,17 +532,20 @@ def describe_machine(device: torch.device) -> dict:
     """Versions, commit and hardware."""
     versions = {"python": sys.version.split()[0]}
     for package in "torch", "gymnasium", "mujoco", "dm-control", "numpy":
-        if find_spec(package.replace("-", "_")):  # dm-control may be missing
+        # dm-control may be missing
+        if find_spec(package.replace("-", "_")):
             versions[package] = metadata.version(package)
     git = "git describe --always --dirty --abbrev=40"
-    folder = Path(__file__).parent
-    commit = subprocess.run(git, shell=True, cwd=folder, capture_output=True, text=True)
+    how = {"shell": True, "capture_output": True, "text": True}
+    commit = subprocess.run(git, cwd=Path(__file__).parent, **how)
     name = sys.platform
     cpuinfo = Path("/proc/cpuinfo")
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    elif cpuinfo.exists() and "model name\t: " in cpuinfo.read_text():
-        name = cpuinfo.read_text().split("model name\t: ")[1].splitlines()[0]
+    elif cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(": ")[1]
     versions |= {"commit": commit.stdout.strip(), "device": name}
     return versions | {"threads": torch.get_num_threads()}
 
@@ -574,8 +567,11 @@ def write_json(path: Path, content: dict) -> None:
 def cut_csv(path: Path, global_step: int) -> None:
     """Drop rows beyond global_step, which a resumed run repeats, and one torn off."""
     header, *rows = path.read_text().splitlines(keepends=True) or [""]
-    kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= global_step]
-    os.truncate(path, len(header + "".join(kept)))
+    size = len(header)
+    for row in rows:
+        if row.endswith("\n") and int(row.split(",")[0]) <= global_step:
+            size += len(row)
+    os.truncate(path, size)
 
 
 @dataclass
@@ -595,8 +591,12 @@ class Run:
         self.stopped = False
         self.global_step = 0
         self.start = time.perf_counter()
-        charts = "charts/episodic_return", "charts/episodic_length", "charts/SPS"
-        self.metrics = dict.fromkeys(charts, math.nan)  # the first columns of metrics.csv
+        # the first columns of metrics.csv
+        self.metrics = {
+            "charts/episodic_return": math.nan,
+            "charts/episodic_length": math.nan,
+            "charts/SPS": math.nan,
+        }
         if args.resume:
             file, saved = load(args.resume, "checkpoint.pt")
             refuse_changes(args, saved, self.rng.device)
@@ -612,13 +612,22 @@ class Run:
         if args.track:
             import wandb
 
-            where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-            where |= {"id": self.dir.name, "resume": "allow"}
-            wandb.init(**where, config=asdict(args), sync_tensorboard=True)
+            wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                id=self.dir.name,
+                resume="allow",
+                config=asdict(args),
+                sync_tensorboard=True,
+            )
             wandb.save(f"{self.dir}/videos/*.mp4", base_path=self.dir)
         self.writer = SummaryWriter(self.dir, purge_step=self.global_step + 1)
-        progress = {"total": args.total_timesteps, "initial": self.global_step}
-        self.bar = tqdm(**progress, unit="step", disable=None)
+        self.bar = tqdm(
+            total=args.total_timesteps,
+            initial=self.global_step,
+            unit="step",
+            disable=None,
+        )
 
     def at_last_step(self) -> bool:
         return self.global_step + self.args.num_envs > self.args.total_timesteps
@@ -635,13 +644,17 @@ class Run:
         """Log, evaluate and save, if due."""
         args = self.args
         self.bar.update(args.num_envs)
-        self.now = {"global_step": self.global_step, "updates": self.agent.updates}
-        self.now["wall_time"] = round(time.perf_counter() - self.start, 3)
+        self.now = {
+            "global_step": self.global_step,
+            "updates": self.agent.updates,
+            "wall_time": round(time.perf_counter() - self.start, 3),
+        }
         if self.due(args.log_every) and self.agent.updates:
             self.log()
         if args.eval_every and self.due(args.eval_every):
-            self.evaluate()
-        self.stopped = bool(self.stop)  # decided once: a later signal waits for the next step
+            self.evaluate_modes()
+        # decided once: a later signal waits for the next step
+        self.stopped = bool(self.stop)
         if self.stopped or self.due(args.checkpoint_every):
             self.save()
 
@@ -651,69 +664,90 @@ class Run:
         for name, value in (self.metrics | self.agent.state_dict()).items():
             finite = torch.as_tensor(value).isfinite().all()
             if not finite and not name.startswith("charts/"):
-                raise SystemExit(f"diverged: {name} is NaN or infinite at step {self.global_step}")
+                where = f"{name} is NaN or infinite at step {self.global_step}"
+                raise SystemExit(f"diverged: {where}")
 
     def write(self, name: str, row: dict, plotted: dict) -> None:
-        """Append to <name>.csv, columns from the first row, NaN empty; plot in TensorBoard."""
+        """Append to <name>.csv, whose columns are the first row's; NaN stays empty."""
         with (self.dir / f"{name}.csv").open("a") as file:
             if file.tell() == 0:
                 file.write(",".join(row) + "\n")
-            cells = ["" if x != x else str(x) for x in row.values()]  # NaN is not itself
+            # NaN is not equal to itself
+            cells = ["" if x != x else str(x) for x in row.values()]
             file.write(",".join(cells) + "\n")
         for key, value in plotted.items():
             self.writer.add_scalar(key, value, self.global_step)
 
     def log(self) -> None:
         self.refuse_divergence()
-        self.metrics["charts/SPS"] = round(self.global_step / self.now["wall_time"], 1)
+        speed = self.global_step / self.now["wall_time"]
+        self.metrics["charts/SPS"] = round(speed, 1)
         self.write("metrics", self.now | self.metrics, self.metrics)
         self.bar.set_postfix(episodic_return=self.metrics["charts/episodic_return"])
 
-    def evaluate(self) -> None:
+    def evaluate_modes(self) -> None:
         """Evaluate every mode; a signal does not wait for it, but gives it up."""
         self.refuse_divergence()
+        args = self.args
+        envs = self.eval_envs
         for mode, act in MODES.items():
-            frames = [] if self.args.capture_video and mode == DEPLOYED else None
-            with torch.compiler.set_stance("force_eager"):  # not worth compiling for
-                results = evaluate(act, self.agent, self.eval_envs, self.args, frames, self.stop)
+            frames = [] if args.capture_video and mode == DEPLOYED else None
+            with torch.compiler.set_stance("force_eager"):  # too short to compile for
+                results = evaluate(act, self.agent, envs, args, frames, self.stop)
             if self.stop:
                 return
             if frames:
-                write_video(frames, self.eval_envs.envs[0], self.dir / f"videos/{self.global_step}")
+                write_video(frames, envs.envs[0], self.dir / f"videos/{self.global_step}")
             returns, successes = results
-            nfe, candidates = cost_of(mode, self.args)
-            row = {"mode": mode, "nfe": nfe, "num_candidates": candidates}
-            scores = {"return_mean": returns.mean(), "return_std": returns.std()}
-            row |= scores | {"success_rate": successes.mean()}
-            row["returns"] = " ".join(f"{x:.4f}" for x in returns)
-            plotted = {f"eval_{mode}/{name}": x for name, x in scores.items()}
+            nfe, num_candidates = cost_of(mode, args)
+            row = {
+                "mode": mode,
+                "nfe": nfe,
+                "num_candidates": num_candidates,
+                "return_mean": returns.mean(),
+                "return_std": returns.std(),
+                "success_rate": successes.mean(),
+                "returns": " ".join(f"{x:.4f}" for x in returns),
+            }
+            names = "return_mean", "return_std"
+            plotted = {f"eval_{mode}/{name}": row[name] for name in names}
             self.write("evaluations", self.now | row, plotted)
             tqdm.write(f"step {self.global_step:,}: {mode} {returns.mean():.1f}")
 
     def save(self) -> None:
-        """policy.pt to use the policy, checkpoint.pt to go on training exactly where it stopped."""
+        """policy.pt to use the policy, checkpoint.pt to go on exactly from here."""
         self.refuse_divergence()
         agent = self.agent
         args = asdict(replace(self.args, resume=None))
-        policy = {"policy": agent.acting_policy.state_dict(), "critics": agent.critic.state_dict()}
-        policy |= {"args": args, "global_step": self.global_step}
+        policy = {
+            "policy": agent.acting_policy.state_dict(),
+            "critics": agent.critic.state_dict(),
+            "args": args,
+            "global_step": self.global_step,
+        }
         size = self.buffer.size
-        episodes = self.envs.get_attr("episode")
+        optimizers = agent.optimizers.items()
+        episodes = []
+        for episode in self.envs.get_attr("episode"):
+            actions = torch.tensor(np.array(episode["actions"]))
+            episodes.append(episode | {"actions": actions})
         state = {
             "args": args,
             "metrics": self.metrics,
             "agent": agent.state_dict(),
             "counters": {name: getattr(agent, name) for name in agent.counters},
-            "optimizers": {name: opt.state_dict() for name, opt in agent.optimizers.items()},
+            "optimizers": {name: x.state_dict() for name, x in optimizers},
             "buffer": {name: x[:size].clone() for name, x in self.buffer.data.items()},
             "position": self.buffer.position,
             "rng": self.rng.get_state(),
             "device": self.rng.device.type,
-            "episodes": [e | {"actions": torch.tensor(np.array(e["actions"]))} for e in episodes],
+            "episodes": episodes,
         }
-        for name, content in ("policy.pt", policy), ("checkpoint.pt", self.now | state):
+        files = {"policy.pt": policy, "checkpoint.pt": self.now | state}
+        for name, content in files.items():
             torch.save(content, self.dir / f"{name}.tmp")
-            os.replace(self.dir / f"{name}.tmp", self.dir / name)  # a crash leaves one whole
+            # a crash leaves the old file whole
+            os.replace(self.dir / f"{name}.tmp", self.dir / name)
 
     def restore(self, saved: dict) -> np.ndarray:
         """Undo save; returns the observations the envs were at."""
@@ -724,7 +758,8 @@ class Run:
         for name, value in saved["counters"].items():
             setattr(self.agent, name, value)
         for name, optimizer in self.agent.optimizers.items():
-            lr = optimizer.param_groups[0]["lr"]  # perhaps the tensor agent.policy_lr
+            # a tensor must stay the same: agent.policy_lr is one
+            lr = optimizer.param_groups[0]["lr"]
             optimizer.load_state_dict(saved["optimizers"][name])
             optimizer.param_groups[0]["lr"] = lr
         self.buffer.position = saved["position"]
@@ -741,13 +776,18 @@ class Run:
 
 def load(path: str, name: str) -> tuple[Path, dict]:
     """Read what Run.save wrote, given the file or its folder; refuse anything else."""
-    file = Path(path) / name if Path(path).is_dir() else Path(path)
-    keys = {"args", "global_step", "episodes" if name == "checkpoint.pt" else "policy"}
+    file = Path(path)
+    if file.is_dir():
+        file = file / name
+    needed = {"checkpoint.pt": "episodes", "policy.pt": "policy"}
+    keys = {"args", "global_step", needed[name]}
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-        assert keys <= set(content) and set(content["args"]) == {f.name for f in fields(Args)}
+        assert keys <= set(content)
+        assert set(content["args"]) == {field.name for field in fields(Args)}
     except Exception:  # torch raises many kinds for a damaged file
-        fail(f"{file} is missing, damaged or no {name} of this version of {Path(__file__).name}")
+        script = Path(__file__).name
+        fail(f"{file} is missing, damaged or no {name} of this version of {script}")
     return file, content
 
 
@@ -782,7 +822,8 @@ def check_args(args: Args) -> None:
         holds = -math.inf < first < last < math.inf
         rules.append((holds, f"{flag(name)} {first} {last} must be finite and rise"))
     updates = args.utd * (args.total_timesteps - args.learning_starts)
-    rules.append((updates >= 1, f"--utd {args.utd} gives no update; raise it or --total-timesteps"))
+    message = f"--utd {args.utd} gives no update; raise it or --total-timesteps"
+    rules.append((updates >= 1, message))
     for holds, message in rules:
         if not holds:
             fail(message)
@@ -799,27 +840,31 @@ def refuse_changes(args: Args, saved: dict, device: torch.device) -> None:
 
 def choose_device(args: Args) -> torch.device:
     """The device to run on; one that is not there is refused."""
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.empty(0, device=auto if args.device == "auto" else args.device).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
-        fail(f"--device {args.device} is not to be had here; --device auto takes what there is")
+        fail(f"--device {name} is not to be had here; --device auto takes what there is")
     if args.precision == "tf32" and device.type != "cuda":
         fail(f"--precision tf32 needs a CUDA GPU, not --device {device}")
     return device
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """The command line; --resume and --evaluate take their defaults from the stored arguments."""
+    """The command line; --resume and --evaluate start from the stored arguments."""
     args = tyro.cli(Args, args=argv)
     if path := args.resume or args.evaluate:
-        _, saved = load(path, "checkpoint.pt" if args.resume else "policy.pt")
-        args = tyro.cli(Args, args=argv, default=Args(**saved["args"]))
+        name = "checkpoint.pt" if args.resume else "policy.pt"
+        _, saved = load(path, name)
+        stored = Args(**saved["args"])
+        args = tyro.cli(Args, args=argv, default=stored)
     return args
 
 
 class StopSignal:
-    """Note the first SIGINT or SIGTERM, so that the run saves; the second exits at once."""
+    """Note the first SIGINT or SIGTERM, to save and end; a second exits at once."""
 
     def __init__(self):
         self.signum = None
@@ -828,9 +873,11 @@ class StopSignal:
         return self.signum is not None
 
     def __enter__(self):
-        self.handlers = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-        # Compilers inherit this mask and so outlive a terminal's Ctrl-C. This process still
-        # hears of it, through the thread of TensorBoard's writer, which is older than the mask.
+        self.handlers = {}
+        for signum in signal.SIGINT, signal.SIGTERM:
+            self.handlers[signum] = signal.signal(signum, self.note)
+        # Compilers inherit this mask and so outlive a terminal's Ctrl-C, of which this process
+        # still hears through an older thread, that of TensorBoard's writer.
         self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         return self
 
@@ -845,14 +892,16 @@ class StopSignal:
         self.signum = signum
 
 
-# ================= 4 SPEED: compiled and recorded updates, the deployed policy ==============
+# ============ 4 SPEED: compiled and recorded updates; the deployed policy; main
 class FastMish(nn.Mish):
-    """Mish x tanh(softplus(x)); compiled, with one exponential, most of what it costs."""
+    """Mish x tanh(softplus(x)); with a single exponential where it is compiled."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
-            return super().forward(x)  # eager: one pass over memory counts for more
-        e = x.clamp(max=20).exp()  # from there on Mish is x to float precision
+            # eager: one pass over memory counts for more
+            return super().forward(x)
+        # from 20 on Mish is x to float precision
+        e = x.clamp(max=20).exp()
         n = e * (e + 2)
         return x * n / (n + 2)
 
@@ -860,8 +909,8 @@ class FastMish(nn.Mish):
 class Captured:
     """function(agent, inputs, args, rng, *key) as one CUDA graph per key, a single launch.
 
-    It reads and writes the addresses of its recording: inputs are copied there, outputs hold until
-    the next call. The first three calls are not recorded: they compile, choose kernels, allocate.
+    Inputs are copied to the addresses of the recording; outputs hold until the next call.
+    Three calls are not recorded: they compile, choose kernels and allocate.
     """
 
     def __init__(self, function: Callable):
@@ -875,7 +924,7 @@ class Captured:
             return self.function(agent, inputs, args, rng, *key)
         if key not in self.graphs:
             graph = torch.cuda.CUDAGraph()
-            graph.register_generator_state(rng)  # each replay draws on where the last one stopped
+            graph.register_generator_state(rng)  # replays go on drawing from it
             static = copy.deepcopy(inputs)
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 outputs = self.function(agent, static, args, rng, *key)
@@ -893,12 +942,13 @@ class Captured:
 def accelerate(
     agent: Agent, explore: Callable, improve: Callable, _args: Args
 ) -> tuple[Callable, Callable]:
-    """The two functions compiled, and on CUDA recorded; or they themselves, and a line why."""
+    """The two functions compiled, and on CUDA recorded; or as they are, and a line why."""
     device = agent.device
     try:
         torch.compile(torch.exp)(torch.ones(1, device=device))
-    except Exception as error:  # no C++ compiler or Triton; torch has many ways to say so
-        print(f"going on without --compile: {str(error).splitlines()[0]}", file=sys.stderr)
+    except Exception as error:  # no C++ compiler or no Triton
+        reason = str(error).splitlines()[0]
+        print(f"going on without --compile: {reason}", file=sys.stderr)
         return explore, improve
     for module in agent.modules():
         for name, child in module.named_children():
@@ -910,12 +960,13 @@ def accelerate(
     if device.type != "cuda":
         return explore, improve
     torch.cuda.synchronize(device)
-    torch.cuda.set_stream(torch.cuda.Stream(device))  # the default one cannot be captured
+    # the default stream cannot be captured
+    torch.cuda.set_stream(torch.cuda.Stream(device))
     return Captured(explore), Captured(improve)
 
 
 def replay(args: Args, agent: Agent, envs) -> None:
-    """--evaluate: episodes of a saved policy as it is deployed, and its time per action."""
+    """--evaluate: episodes of a saved policy, as it is deployed."""
     file, saved = load(args.evaluate, "policy.pt")
     if args.env_id != saved["args"]["env_id"]:
         fail(f"{file} was trained on {saved['args']['env_id']}, not on {args.env_id}")
@@ -940,16 +991,19 @@ def main(args: Args) -> Path | None:
     """Train and return the run directory, or replay a policy."""
     check_args(args)
     device = choose_device(args)
-    torch.set_num_threads(args.torch_threads or min(8, torch.get_num_threads()))
-    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
-    warnings.filterwarnings("ignore", ".*(capturable=True|float32_matmul_precision).*")
+    threads = args.torch_threads or min(8, torch.get_num_threads())
+    torch.set_num_threads(threads)
+    tf32 = args.precision == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    warnings.filterwarnings("ignore", ".*(capturable=True|matmul_precision).*")
     if args.capture_video and not {"DISPLAY", "MUJOCO_GL"} & os.environ.keys():
-        fail(
-            "--capture-video without a screen needs OpenGL: apt-get install libegl1, MUJOCO_GL=egl"
-        )
-    envs = make_envs(args.env_id, args.num_envs, args.async_envs)  # first, because it may fork
-    film = args.capture_video  # which wants the simulators in this process
-    eval_envs = make_envs(args.env_id, args.eval_episodes, args.async_envs and not film, film)
+        fail("--capture-video needs a screen, or apt-get install libegl1 and MUJOCO_GL=egl")
+    # first, because it may fork
+    envs = make_envs(args.env_id, args.num_envs, args.async_envs)
+    film = args.capture_video
+    # filming wants the simulators in this process
+    processes = args.async_envs and not film
+    eval_envs = make_envs(args.env_id, args.eval_episodes, processes, film)
     obs_dim = envs.single_observation_space.shape[0]
     act_dim = envs.single_action_space.shape[0]
     torch.manual_seed(args.seed)  # the networks' initial weights
@@ -958,10 +1012,12 @@ def main(args: Args) -> Path | None:
         return replay(args, agent, eval_envs)
 
     buffer = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
-    rng = Generator(device).manual_seed(args.seed)  # random actions, noise, replay sampling
+    # random actions, noise, replay sampling
+    rng = Generator(device).manual_seed(args.seed)
     stop = StopSignal()
     run = Run(args, agent, buffer, envs, eval_envs, rng, stop)
-    print(f"{args.env_id}: {obs_dim} observations, {act_dim} actions; writing to {run.dir}")
+    sizes = f"{obs_dim} observations, {act_dim} actions"
+    print(f"{args.env_id}: {sizes}; writing to {run.dir}")
     with stop:
         train(agent, buffer, envs, run, args, rng, run.first_obs)
     run.close()
