@@ -1,19 +1,31 @@
 """DPMD: online reinforcement learning with a diffusion policy, FPMD's twin and main comparator.
 
-A network predicts the noise in an action at each of T = 20 levels. Training denoises level by level
-and keeps the best of N = 32 candidates; policy mirror descent pulls the policy towards them. Below,
-e ~ N(0, I), and A_k (alpha bar) is the share of signal left at level k. The method comes first.
+A network predicts the noise in an action at each of T = 20 levels. Training denoises level by
+level and keeps the best of N = 32 candidates; policy mirror descent pulls the policy towards
+them. Below, e ~ N(0, I), and A_k (alpha bar) is the share of signal left at level k.
 
     predict_action  x_0 = clip((x - sqrt(1 - A_k) eps(s, x, k)) / sqrt(A_k), -1, 1)  for x = x_k
     generate        x_{T-1} = prior_std * e,  x_{k-1} ~ p(x_{k-1} | x_k, x_0),  a = x_0 at k = 0
-    select_action, critic_loss, importance_weights: as in fpmd_online.py, word for word
+    select_action, critic_loss, mirror_descent_targets   as in fpmd_online.py
     policy_loss     w || eps(s', x_k, k) - e ||^2  with  x_k = sqrt(A_k) a* + sqrt(1 - A_k) e
 
     python baselines/dpmd_online.py --env-id Ant-v4
     python baselines/dpmd_online.py --evaluate runs/<run>/policy.pt --eval-episodes 10
 
+Four parts: 1 METHOD, 2 TRAINING, 3 PLUMBING, 4 SPEED. Who stops after the second has read the
+algorithm end to end, from env.step to the optimizers.
+
 Paper: arXiv:2502.00361; as the comparator of FPMD (arXiv:2507.23675): tianyyiii/flow_policy_iclr.
 """
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0", "numpy==2.4.6", "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0",
+#     "dm-control==1.0.50", "shimmy==2.0.1", "tyro==1.0.17", "tensorboard==2.21.0",
+#     "wandb==0.31.0", "tqdm==4.70.1", "imageio-ffmpeg==0.8.1", "moviepy==2.2.1",
+# ]
+# ///
 
 import copy
 import difflib
@@ -24,15 +36,12 @@ import signal
 import subprocess
 import sys
 import time
-import timeit
 import warnings
-from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib import metadata
-from itertools import pairwise
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -49,97 +58,107 @@ from tqdm import tqdm
 class Args:
     # --- run: what is trained, for how long, and what is written down ---
     env_id: str = "Ant-v4"  # gymnasium id, dm_control/<domain>-<task>-v0 or module:EnvId
-    seed: int = 1  # seeds networks, noise, replay sampling, warm-up actions and every episode
-    total_timesteps: int = 1_000_000  # environment steps over all envs, warm-up included
+    seed: int = 1  # seeds networks, noise, replay sampling and every episode
+    total_timesteps: int = 1_000_000  # environment steps, over all envs
     num_envs: int = 5  # parallel training environments
     exp_name: str = Path(__file__).stem  # second part of the run directory's name
     runs_dir: str = "runs"  # where run directories are created
-    log_every: int = 1_000  # environment steps between rows of metrics.csv
-    eval_every: int = 25_000  # environment steps between evaluations, 0: never
+    log_every: int = 1_000  # steps between rows of metrics.csv
+    eval_every: int = 25_000  # steps between evaluations, 0: never
     eval_episodes: int = 10  # episodes per evaluation, all side by side
-    checkpoint_every: int = 50_000  # environment steps between checkpoints, 0: only at the end
-    capture_video: bool = False  # film the first episode of every one-candidate evaluation
+    checkpoint_every: int = 50_000  # steps between checkpoints, 0: only at the end
+    capture_video: bool = False  # film an episode of every one-candidate evaluation
     track: bool = False  # mirror the run to Weights & Biases
     wandb_project_name: str = "one-step-flow-rl"  # project on Weights & Biases
     wandb_entity: str | None = None  # team on Weights & Biases
     resume: str | None = None  # checkpoint.pt or a run directory to go on with
-    evaluate: str | None = None  # policy.pt to replay with one candidate per action, no training
+    evaluate: str | None = None  # policy.pt to replay, one candidate per action
+
     # --- algorithm: defaults are the published setting ---
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate of the slow copies (target critics, acting policy)
+    tau: float = 0.005  # rate of target critics and acting policy
     batch_size: int = 256  # transitions per update, B
     buffer_size: int = 1_000_000  # transitions the replay buffer holds
-    learning_starts: int = 30_000  # environment steps with random actions before learning
+    learning_starts: int = 30_000  # random environment steps before learning
     utd: float = 0.2  # gradient updates per environment step
-    num_candidates: int = 32  # N, actions generated per state; the critics keep the best
-    flow_steps: int = 20  # T, denoising steps per generated action (NFE), deployed as well
+    num_candidates: int = 32  # N, actions generated per state
+    flow_steps: int = 20  # T, denoising steps per action (NFE), deployed too
     beta_schedule: Literal["cosine", "linear"] = "cosine"  # FPMD's code; linear: DPMD's own
-    prior_std: float = 0.5  # std of x_{T-1} when sampling; training always noises with N(0, I)
+    prior_std: float = 0.5  # std of x_{T-1} when sampling; 1 in the loss
     weight_mode: Literal["temperature", "clip_alpha", "none"] = "temperature"  # w
-    temperature: float | None = None  # lambda; unset: 3
+    temperature: float = 3.0  # lambda, in std of Q over states
     reward_scale: float = 0.2  # rewards are multiplied by this
     critic_lr: float = 3e-4  # Adam step size of the critics
-    critic_layer_norm: bool = False  # LayerNorm before every activation of the critics
-    critic_steps: int = 2  # Adam steps on each critic gradient; 2 is the authors' code, 1 is clean
-    policy_lr: tuple[float, float] = (3e-4, 3e-5)  # Adam step size of the policy, first and last
+    critic_layer_norm: bool = False  # LayerNorm in the critics
+    critic_steps: int = 2  # Adam steps per critic gradient; the authors take 2
+    policy_lr: tuple[float, float] = (3e-4, 3e-5)  # the policy's, first and last
     policy_lr_decay: tuple[int, int] = (25_000, 75_000)  # linear between these policy updates
-    policy_delay: int = 2  # updates per step of the policy and of the slow copies
+    policy_delay: int = 2  # updates per update of the policy
     q_stats_rate: float = 0.001  # rate of the running mean and std of Q
     noise_scale: float = 0.1  # exploration noise std is alpha * noise_scale
     alpha_init: float = 5.0  # alpha at the start
     alpha_lr: float = 7e-3  # Adam step size of log alpha
-    alpha_interval: int = 1_250  # environment steps between updates of alpha
-    target_entropy_scale: float = 1.5  # alpha decays until the noise's entropy is -scale * act_dim
-    hidden_dim: int = 256  # width of the three hidden layers of every network
+    alpha_interval: int = 1_250  # steps between updates of alpha
+    target_entropy_scale: float = 1.5  # alpha decays to the entropy -scale * act_dim
+    hidden_dim: int = 256  # width of the hidden layers
+
     # --- speed: how it is computed ---
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, mps
-    compile: bool = True  # compile, and on CUDA capture, an update; the first ones take a minute
-    precision: Literal["float32", "tf32"] = "float32"  # of matrix products; tf32: on a GPU
-    torch_threads: int = 0  # CPU threads of torch, 0: at most 8; give 1 to side-by-side runs
-    async_envs: bool = False  # one process per environment (pays off for slow simulators)
+    compile: bool = True  # compile and, on CUDA, record updates
+    precision: Literal["float32", "tf32"] = "float32"  # tf32: on a GPU
+    torch_threads: int = 0  # CPU threads of torch, 0: at most 8
+    async_envs: bool = False  # one process per env, for slow simulators
 
 
-# ---------------------------------------------------------------------------- networks
+# ============ 1 METHOD: networks, acting, learning
 TIME_DIM = 16  # width of the sinusoidal time embedding
 
 
-class Mish(nn.Module):
-    """x tanh(softplus(x)); compiled, with a single exponential, which is most of what it costs."""
+def linear(in_dim: int, out_dim: int, fan_in: int, bias: bool = True) -> nn.Linear:
+    """A linear layer with weights N(0, 1 / fan_in) cut at two std, as in haiku."""
+    layer = nn.Linear(in_dim, out_dim, bias=bias)
+    std = fan_in**-0.5
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            return nn.functional.mish(x)  # eager: one pass over memory counts for more
-        e = x.clamp(max=20).exp()  # from there on Mish is x to float precision
-        n = e * (e + 2)
-        return x * n / (n + 2)
 
+class FirstLayer(nn.Module):
+    """A linear layer on concatenated inputs: a sum of one linear map per input."""
 
-class MLP(nn.Sequential):
-    """Linear layers with Mish between; weights N(0, 1 / fan_in) cut at two std, as in haiku."""
-
-    def __init__(self, *sizes: int, layer_norm: bool = False):
-        modules = []
-        for fan_in, fan_out in pairwise(sizes):
-            linear, std = nn.Linear(fan_in, fan_out), fan_in**-0.5
-            nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
-            nn.init.zeros_(linear.bias)
-            modules += [linear, *[nn.LayerNorm(fan_out)] * layer_norm, Mish()]
-        super().__init__(*modules[: -1 - layer_norm])  # the last layer is linear alone
+    def __init__(self, *input_dims: int, out_dim: int):
+        super().__init__()
+        last = len(input_dims) - 1  # one bias is enough
+        self.parts = nn.ModuleList(
+            linear(dim, out_dim, fan_in=sum(input_dims), bias=i == last)
+            for i, dim in enumerate(input_dims)
+        )
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Of cat(inputs, -1), by parts: what all candidates share is multiplied only once."""
-        (first, *layers), linear = self, nn.functional.linear
-        weights = first.weight.split([x.shape[-1] for x in inputs], 1)
-        (x, w), *rest = sorted(zip(inputs, weights, strict=True), key=lambda part: part[0].numel())
-        x = sum((linear(*part) for part in rest), start=linear(x, w, first.bias))
-        for layer in layers:
-            x = layer(x)
-        return x
+        return sum(part(x) for part, x in zip(self.parts, inputs, strict=True))
 
 
-def time_embedding(t: Tensor) -> Tensor:
-    """Sines and cosines of the raw level k, 8 frequencies from 1 down: (..., 1) -> (..., 16)."""
-    angles = t * 10_000 ** (-torch.arange(0, 1, 2 / TIME_DIM, device=t.device))
+class MLP(nn.Module):
+    """Linear layers with Mish between, or with LayerNorm and Mish."""
+
+    def __init__(self, input_dims: tuple, hidden_dim: int, out_dim: int, layers=3, norm=False):
+        super().__init__()
+        self.first = FirstLayer(*input_dims, out_dim=hidden_dim)
+        rest = []
+        for dim in [hidden_dim] * (layers - 1) + [out_dim]:
+            if norm:
+                rest.append(nn.LayerNorm(hidden_dim))
+            rest += [nn.Mish(), linear(hidden_dim, dim, fan_in=hidden_dim)]
+        self.rest = nn.Sequential(*rest)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.rest(self.first(*inputs))
+
+
+def time_embedding(k: Tensor) -> Tensor:
+    """Sines and cosines of the level, 8 frequencies: (..., 1) -> (..., 16)."""
+    angles = k * 10_000 ** (-torch.arange(0, 1, 2 / TIME_DIM, device=k.device))
     return torch.cat([angles.sin(), angles.cos()], -1) / math.sqrt(TIME_DIM)
 
 
@@ -154,209 +173,380 @@ def noise_schedule(kind: str, flow_steps: int) -> Tensor:
 
 
 class NoisePredictor(nn.Module):
-    """eps(s, x, k): the noise in a point x at level k on its way to an action for state s."""
+    """eps(s, x, k): the noise in a point x at level k on its way to an action."""
 
     def __init__(self, obs_dim: int, act_dim: int, alpha_bar: Tensor, hidden_dim: int = 256):
         super().__init__()
         self.act_dim = act_dim
-        self.time_mlp = MLP(TIME_DIM, 2 * TIME_DIM, TIME_DIM)
-        self.net = MLP(obs_dim + act_dim + TIME_DIM, *[hidden_dim] * 3, act_dim)
-        self.signal = alpha_bar.tolist()  # numbers to sample with, a tensor to learn from
+        self.time_mlp = MLP((TIME_DIM,), 2 * TIME_DIM, TIME_DIM, layers=1)
+        self.net = MLP((obs_dim, TIME_DIM, act_dim), hidden_dim, act_dim)
+        self.signal = alpha_bar.tolist()  # to sample with; the tensor is to learn from
         self.register_buffer("alpha_bar", alpha_bar.float(), persistent=False)
 
     def forward(self, obs: Tensor, x: Tensor, k: Tensor) -> Tensor:
         """obs (B, obs_dim), x (..., B, act_dim), k (1,) or (B, 1) -> noise like x."""
-        return self.net(obs, x, self.time_mlp(time_embedding(k)))
+        return self.net(obs, self.time_mlp(time_embedding(k)), x)  # x last: it has the candidates
+
+
+class QNetwork(MLP):
+    """Q(s, a): obs (B, obs_dim), actions (..., B, act_dim) -> (..., B)."""
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        return super().forward(obs, actions).squeeze(-1)
 
 
 class TwinCritic(nn.Module):
     """Two independent action values Q_1 and Q_2."""
 
-    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int = 256, layer_norm: bool = False):
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int = 256, layer_norm=False):
         super().__init__()
-        self.q1 = MLP(obs_dim + act_dim, *[hidden_dim] * 3, 1, layer_norm=layer_norm)
-        self.q2 = MLP(obs_dim + act_dim, *[hidden_dim] * 3, 1, layer_norm=layer_norm)
+        self.q1 = QNetwork((obs_dim, act_dim), hidden_dim, 1, norm=layer_norm)
+        self.q2 = QNetwork((obs_dim, act_dim), hidden_dim, 1, norm=layer_norm)
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         """obs (B, obs_dim), actions (..., B, act_dim) -> Q (2, ..., B)."""
-        return torch.stack([self.q1(obs, actions), self.q2(obs, actions)]).squeeze(-1)
+        return torch.stack([self.q1(obs, actions), self.q2(obs, actions)])
 
 
 class Agent(nn.Module):
-    """All that learns: networks, their slow copies, log alpha, statistics of Q, optimizers."""
+    """All that learns: networks, log alpha, running statistics of Q, optimizers."""
+
+    counters = "updates", "alpha_updates"  # attributes that a checkpoint keeps
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args, device: torch.device):
         super().__init__()
         alpha_bar = noise_schedule(args.beta_schedule, args.flow_steps)
         self.policy = NoisePredictor(obs_dim, act_dim, alpha_bar, args.hidden_dim)
         self.critic = TwinCritic(obs_dim, act_dim, args.hidden_dim, args.critic_layer_norm)
-        self.target_policy = copy.deepcopy(self.policy).requires_grad_(False)  # the one that acts
+        # moving averages (EMA): the policy that acts, and the target network
+        self.acting_policy = copy.deepcopy(self.policy).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha_init)))
-        self.register_buffer("q_stats", torch.tensor([0.0, 1.0]))  # running mean, std of Q(s, a*)
+        self.register_buffer("q_mean", torch.tensor(0.0))  # of Q(s, a*) over states
+        self.register_buffer("q_std", torch.tensor(1.0))
         self.to(device)
-        self.device, self.updates, self.alpha_updates = device, 0, 0
-        warnings.filterwarnings(
-            "ignore", ".*(capturable=True|float32_matmul_precision).*"
-        )  # the first steps are not captured
+        self.device = device
+        self.updates = 0
+        self.alpha_updates = 0
+        # a tensor, which a recorded CUDA graph reads when it is replayed
+        self.policy_lr = torch.tensor(args.policy_lr[0], device=device)
         adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
         self.optimizers = {
             "critic": adam(self.critic.parameters(), args.critic_lr),
-            # a tensor, which a recorded graph reads when it is replayed
-            "policy": adam(
-                self.policy.parameters(), torch.tensor(args.policy_lr[0], device=device)
-            ),
+            "policy": adam(self.policy.parameters(), self.policy_lr),
             "alpha": torch.optim.Adam([self.log_alpha], args.alpha_lr),
         }
-        t, n = args.flow_steps, args.num_candidates  # the first mode is how DPMD is deployed
-        self.modes = {"one_candidate": (t, 1), "one_step": (1, 1), "best_of_n": (t, n)}
-        self.act, self.learn, self.policy_loss = act, learn, policy_loss  # accelerate's handles
 
 
-# ---------------------------------------------------------------------------- acting
+# ------------ acting
 def predict_action(policy: nn.Module, obs: Tensor, x: Tensor, k: int) -> Tensor:
-    """x_0 in the box, if x (..., B, act_dim) at level k holds just the predicted noise."""
-    noise, signal = policy(obs, x, torch.full((1,), k, device=x.device)), policy.signal[k]
+    """x_0 if the noise in x (..., B, act_dim) at level k is as predicted."""
+    signal = policy.signal[k]
+    noise = policy(obs, x, torch.full((1,), k, device=x.device))
     return ((x - (1 - signal) ** 0.5 * noise) / signal**0.5).clamp(-1, 1)
 
 
-def generate(policy: nn.Module, obs: Tensor, x: Tensor, noise: Tensor) -> Tensor:
-    """From x = x_{T-1}, x_{k-1} ~ N(c x_0 + d x_k, var) for each noise given, then x_0 from there.
-
-    obs (B, obs_dim), x (..., B, act_dim), noise (at most T - 1, ..., B, act_dim) -> actions like x.
-    """
+def generate(policy: nn.Module, obs: Tensor, x: Tensor, noise) -> Tensor:
+    """DDPM from x_{T-1} = x: x_{k-1} ~ N(c x_0 + d x_k, var) for each noise e like x; then x_0."""
     k = len(policy.signal) - 1
     for e in noise:
         now, below = policy.signal[k], policy.signal[k - 1]
         keep = now / below  # 1 - beta_k
-        c, d = below**0.5 * (1 - keep) / (1 - now), keep**0.5 * (1 - below) / (1 - now)
+        c = below**0.5 * (1 - keep) / (1 - now)
+        d = keep**0.5 * (1 - below) / (1 - now)
         var = (1 - keep) * (1 - below) / (1 - now)
-        x, k = c * predict_action(policy, obs, x, k) + d * x + var**0.5 * e, k - 1
+        x = c * predict_action(policy, obs, x, k) + d * x + var**0.5 * e
+        k -= 1
     return predict_action(policy, obs, x, k)
 
 
-def propose(policy: nn.Module, obs: Tensor, std: Tensor, args: Args, rng: Generator) -> Tensor:
-    """N candidates per state, exploration noise of that std on each: (N, B, act_dim), unclipped."""
+def propose(policy: nn.Module, obs: Tensor, std, args: Args, rng: Generator) -> Tensor:
+    """N candidates plus noise of that std: (N, B, act_dim), unclipped."""
     shape = (args.flow_steps + 1, args.num_candidates, len(obs), policy.act_dim)
-    noise = torch.randn(shape, generator=rng, device=obs.device)
-    return generate(policy, obs, args.prior_std * noise[0], noise[2:]) + std * noise[1]
+    first, exploration, *noise = torch.randn(shape, generator=rng, device=obs.device)
+    return generate(policy, obs, args.prior_std * first, noise) + std * exploration
 
 
-def select_action(critic: TwinCritic, obs: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Best of N: argmax_i min(Q_1, Q_2)(s, a_i), one rule for acting, TD and imitation.
+def take(candidates: Tensor, index: Tensor) -> Tensor:
+    """candidates (N, B, act_dim), index (B,) -> clipped actions (B, act_dim)."""
+    return candidates.take_along_dim(index[None, :, None], 0).squeeze(0).clamp(-1, 1)
 
-    obs (B, obs_dim), candidates (N, B, act_dim) -> actions in the box (B, act_dim), scores (N, B).
-    """
+
+def select_action(critic: nn.Module, obs: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Best of N: argmax_i min(Q_1, Q_2)(s, a_i) -> actions (B, act_dim), scores (N, B)."""
     scores = critic(obs, candidates).amin(0)  # (N, B)
-    return candidates.take_along_dim(scores.argmax(0)[None, :, None], 0)[0].clamp(-1, 1), scores
+    return take(candidates, scores.argmax(0)), scores
 
 
 @torch.no_grad()
-def act(agent: Agent, obs: Tensor, args: Args, rng: Generator, mode: str) -> Tensor:
-    """Actions of the slow policy, obs (B, obs_dim) -> (B, act_dim). one_candidate: as it is
-    deployed, no critic; one_step: x_0 from noise alone; best_of_n; explore: the same with noise.
-    """
-    steps, n = agent.modes.get(mode, agent.modes["best_of_n"])
-    args = replace(args, flow_steps=steps, num_candidates=n)
-    std = agent.log_alpha.exp() * args.noise_scale * (mode == "explore")
-    candidates = propose(agent.target_policy, obs, std, args, rng)
-    return select_action(agent.critic, obs, candidates)[0] if n > 1 else candidates[0].clamp(-1, 1)
+def act_one_candidate(agent: Agent, obs: Tensor, args: Args, rng: Generator) -> Tensor:
+    """As deployed: one candidate, T steps, no critic; -> actions (B, act_dim)."""
+    return propose(agent.acting_policy, obs, 0.0, replace(args, num_candidates=1), rng).squeeze(0)
 
 
-# ---------------------------------------------------------------------------- learning
-def importance_weights(q: Tensor, q_stats: Tensor, alpha: Tensor, args: Args) -> Tensor:
-    """Mirror-descent weights w of the regression targets, from q = Q(s', a*): (B,) -> (B,).
-
-    temperature: exp(q / (sigma lambda)), from max_pi E[Q] - lambda KL(pi || pi_old); clip_alpha:
-    exp(clip(q - m / sigma, -3, 3) / alpha), as the authors released it; else 1. q_stats: m, sigma.
-    """
-    if args.weight_mode == "temperature":
-        return len(q) * ((q - q.max()) / (q_stats[1] * (args.temperature or 3.0))).softmax(0)
-    if args.weight_mode == "clip_alpha":  # dividing m alone by sigma is the release's quirk
-        return ((q - q_stats[0] / q_stats[1]).clamp(-3, 3) / alpha).exp()
-    return torch.ones_like(q)
+@torch.no_grad()
+def act_one_step(agent: Agent, obs: Tensor, args: Args, rng: Generator) -> Tensor:
+    """One candidate, one step: x_0 as predicted from noise alone."""
+    noise = torch.randn((len(obs), agent.policy.act_dim), generator=rng, device=obs.device)
+    return predict_action(agent.acting_policy, obs, args.prior_std * noise, args.flow_steps - 1)
 
 
-def critic_loss(
-    critic: TwinCritic, target_critic: TwinCritic, batch: dict, next_actions: Tensor, args: Args
-) -> tuple[Tensor, Tensor]:
-    """Clipped double-Q regression: the loss and Q (2, B); only termination stops bootstrapping."""
+@torch.no_grad()
+def act_best_of_n(agent: Agent, obs: Tensor, args: Args, rng: Generator) -> Tensor:
+    """The same rule as in training, without exploration noise."""
+    candidates = propose(agent.acting_policy, obs, 0.0, args, rng)
+    return select_action(agent.critic, obs, candidates)[0]
+
+
+@torch.no_grad()
+def act_explore(agent: Agent, obs: Tensor, args: Args, rng: Generator) -> Tensor:
+    """Best of N, with noise on every candidate that decays with alpha."""
+    std = agent.log_alpha.exp() * args.noise_scale
+    candidates = propose(agent.acting_policy, obs, std, args, rng)
+    return select_action(agent.critic, obs, candidates)[0]
+
+
+MODES = {"one_candidate": act_one_candidate, "one_step": act_one_step, "best_of_n": act_best_of_n}
+DEPLOYED = "one_candidate"
+
+
+def cost_of(mode: str, args: Args) -> tuple[int, int]:
+    """Network evaluations per candidate (NFE), and candidates per action."""
+    steps = 1 if mode == "one_step" else args.flow_steps
+    return steps, args.num_candidates if mode == "best_of_n" else 1
+
+
+# ------------ learning
+def critic_loss(critic, target_critic, batch: dict, next_actions: Tensor, args: Args):
+    """Clipped double-Q: loss and Q (2, B); only termination ends bootstrapping."""
     with torch.no_grad():
         next_q = target_critic(batch["next_obs"], next_actions).amin(0)  # (B,)
-        y = args.reward_scale * batch["rewards"] + args.gamma * (1 - batch["terminations"]) * next_q
+        bootstrap = args.gamma * (1 - batch["terminations"])
+        y = args.reward_scale * batch["rewards"] + bootstrap * next_q
     q = critic(batch["obs"], batch["actions"])  # (2, B)
     return (q - y).square().mean(1).sum(), q.detach()
 
 
-def policy_loss(
-    policy: nn.Module, obs: Tensor, actions: Tensor, w: Tensor, noise: Tensor, k: Tensor
-) -> Tensor:
-    """Denoising score matching to the targets a*: mean of w || eps(s, x_k, k) - e ||^2.
+def mirror_descent_targets(agent: Agent, candidates, scores, args) -> tuple[Tensor, Tensor]:
+    """What the policy imitates: actions (B, act_dim) and their weights w (B,).
 
-    obs (B, obs_dim), actions a* and noise e ~ N(0, I) (B, act_dim), w (B,), k in 0..T-1 (B, 1).
+    Of max_pi E[Q] - lambda KL(pi || pi_old) the solution is pi_old exp(Q / lambda).
+    """
+    q = scores.amax(0)  # (B,)
+    best = take(candidates, scores.argmax(0))  # (B, act_dim)
+    if args.weight_mode == "temperature":  # lambda in units of Q's std over states
+        # subtracting the maximum prevents an overflow and cancels in the mean
+        w = ((q - q.max()) / (agent.q_std * args.temperature)).exp()
+        return best, w / w.mean()
+    if args.weight_mode == "clip_alpha":  # as the authors released it
+        clip_limit = 3.0
+        shifted = q - agent.q_mean / agent.q_std  # a quirk of the release
+        alpha = agent.log_alpha.detach().exp()
+        return best, (shifted.clamp(-clip_limit, clip_limit) / alpha).exp()
+    return best, torch.ones_like(q)  # none: every best candidate counts alike
+
+
+def policy_loss(policy, obs, actions: Tensor, w: Tensor, noise: Tensor, k: Tensor) -> Tensor:
+    """Denoising score matching: mean of w || eps(s, x_k, k) - e ||^2.
+
+    obs (B, obs_dim), actions a* and noise e (B, act_dim), w (B,), k in 0..T-1 (B, 1).
     """
     signal = policy.alpha_bar[k]  # (B, 1)
     x_k = signal.sqrt() * actions + (1 - signal).sqrt() * noise
-    return (w[:, None] * (policy(obs, x_k, k) - noise).square()).mean()
+    error = policy(obs, x_k, k) - noise  # (B, act_dim)
+    return (w[:, None] * error.square()).mean()
 
 
-def update_alpha(agent: Agent, args: Args) -> None:
-    """Adam step on -log_alpha (H_target - H_noise); no data in it, so alpha follows a schedule."""
-    entropy = 0.5 * math.log(2 * math.pi * math.e) + math.log(0.1) + agent.log_alpha.detach()
-    agent.log_alpha.grad = agent.policy.act_dim * (entropy + args.target_entropy_scale)
-    agent.optimizers["alpha"].step()  # the authors keep 0.1 here even if noise_scale is another
-    agent.alpha_updates += 1
-
-
-def learn(agent: Agent, batch: dict, args: Args, rng: Generator, improve: bool) -> dict:
-    """All of an update but its count and the learning rate; a CUDA graph may stand in for it."""
-    next_obs, alpha = batch["next_obs"], agent.log_alpha.detach().exp()
-    # one generation at s' serves both losses: the TD action is also what the policy imitates
+def move_towards(slow: nn.Module, fast: nn.Module, tau: float) -> None:
+    """Exponential moving average: slow <- (1 - tau) slow + tau fast."""
     with torch.no_grad():
-        candidates = propose(agent.policy, next_obs, alpha * args.noise_scale, args, rng)
-        next_actions, scores = select_action(agent.critic, next_obs, candidates)
-    best_q = scores.amax(0)  # (B,)
+        torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), tau)
 
+
+def update_critic(agent: Agent, batch: dict, next_actions: Tensor, args: Args) -> dict:
+    """Adam steps of the critics on one gradient; the authors take two."""
     loss, q = critic_loss(agent.critic, agent.target_critic, batch, next_actions, args)
     agent.optimizers["critic"].zero_grad()
     loss.backward()
-    for _ in range(args.critic_steps):  # the authors step twice on one gradient
+    for _ in range(args.critic_steps):
         agent.optimizers["critic"].step()
-    metrics = {"losses/critic_loss": loss.detach(), "losses/q_values": q.mean()}
+    return {"losses/critic_loss": loss.detach(), "losses/q_values": q.mean()}
+
+
+def update_policy(agent: Agent, obs, actions, w, args: Args, rng: Generator, loss=None) -> dict:
+    """Adam step towards actions (B, act_dim); loss may be policy_loss compiled."""
+    k = torch.randint(args.flow_steps, (len(obs), 1), generator=rng, device=obs.device)
+    noise = torch.randn(actions.shape, generator=rng, device=obs.device)
+    loss = (loss or policy_loss)(agent.policy, obs, actions, w, noise, k)
+    agent.optimizers["policy"].zero_grad()
+    loss.backward()
+    agent.optimizers["policy"].step()
+    move_towards(agent.acting_policy, agent.policy, args.tau)
+    return {"losses/policy_loss": loss.detach()}
+
+
+def update_q_statistics(agent: Agent, scores: Tensor, rate: float) -> None:
+    """Move them towards those of the scores (N, B)."""
+    q = scores.amax(0)  # (B,)
+    agent.q_mean.lerp_(q.mean(), rate)
+    agent.q_std.lerp_(q.std(correction=0), rate).clamp_(min=1e-6)  # or a constant Q gives 0 / 0
+
+
+def update(agent: Agent, batch: dict, args: Args, rng, improve_policy: bool, loss=None) -> dict:
+    """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
+    # no counter and no learning rate of Python's is read: a CUDA graph can record it all
+    next_obs = batch["next_obs"]
+    alpha = agent.log_alpha.detach().exp()
+    # one generation at s' serves both losses: a* makes the TD target and is imitated
+    with torch.no_grad():
+        candidates = propose(agent.policy, next_obs, alpha * args.noise_scale, args, rng)
+        next_actions, scores = select_action(agent.critic, next_obs, candidates)
+    metrics = update_critic(agent, batch, next_actions, args)
     metrics["policy/candidate_spread"] = candidates.std(0, correction=0).mean()
-
-    if improve:
-        w = importance_weights(best_q, agent.q_stats, alpha, args)
+    if improve_policy:
+        targets, w = mirror_descent_targets(agent, candidates, scores, args)
         metrics["policy/ess"] = w.mean().square() / w.square().mean()  # effective sample size / B
-        k = torch.randint(args.flow_steps, (len(w), 1), generator=rng, device=w.device)
-        noise = torch.randn(next_actions.shape, generator=rng, device=w.device)
-        loss = agent.policy_loss(agent.policy, next_obs, next_actions, w, noise, k)
-        agent.optimizers["policy"].zero_grad()
-        loss.backward()
-        metrics["losses/policy_loss"] = loss.detach()
-
-    # after their use, since weights see the past only; a constant Q must not end in 0 / 0
-    q_now = torch.stack([best_q.mean(), best_q.std(correction=0)])
-    agent.q_stats.lerp_(q_now, args.q_stats_rate)[1:].clamp_(min=1e-6)
-
-    if improve:
-        agent.optimizers["policy"].step()
-        for slow, fast in (agent.target_critic, agent.critic), (agent.target_policy, agent.policy):
-            fast = [p.data for p in fast.parameters()]
-            torch._foreach_lerp_(list(slow.parameters()), fast, args.tau)
+        metrics |= update_policy(agent, next_obs, targets, w, args, rng, loss)
+        move_towards(agent.target_critic, agent.critic, args.tau)
+    update_q_statistics(agent, scores, args.q_stats_rate)  # last: weights see only the past
     return metrics | {"policy/alpha": alpha}
 
 
-def update(agent: Agent, batch: dict, args: Args, rng: Generator) -> dict[str, Tensor]:
-    """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
-    step, wait = divmod(agent.updates, args.policy_delay)
-    lr = np.interp(step, args.policy_lr_decay, args.policy_lr)
-    agent.optimizers["policy"].param_groups[0]["lr"].fill_(lr)
-    agent.updates += 1
-    return agent.learn(agent, batch, args, rng, not wait)
+def policy_lr(args: Args, policy_updates: int) -> float:
+    """Adam step size of the policy: constant, then linear, then constant."""
+    return float(np.interp(policy_updates, args.policy_lr_decay, args.policy_lr))
 
 
-# -------------------------------------------------- plumbing, the same text in every script
+def prepare_update(agent: Agent, args: Args) -> bool:
+    """Set the policy's learning rate; says whether this update improves the policy."""
+    agent.policy_lr.fill_(policy_lr(args, agent.updates // args.policy_delay))
+    return agent.updates % args.policy_delay == 0
+
+
+def update_alpha(agent: Agent, args: Args) -> None:
+    """Adam step on -log_alpha (H_target - H_noise), a schedule: no data in it."""
+    scale = 0.1  # of the authors, even if noise_scale is another
+    entropy = 0.5 * math.log(2 * math.pi * math.e * scale**2) + agent.log_alpha.detach()
+    agent.log_alpha.grad = agent.policy.act_dim * (entropy + args.target_entropy_scale)
+    agent.optimizers["alpha"].step()
+    agent.alpha_updates += 1
+
+
+def follow_steps(agent: Agent, args: Args, global_step: int) -> None:
+    """What environment steps drive, not updates: the decay of alpha."""
+    while agent.alpha_updates * args.alpha_interval < global_step - args.learning_starts:
+        update_alpha(agent, args)
+
+
+# ============ 2 TRAINING: buffer, evaluation, the loop; the same in every script
+class ReplayBuffer:
+    """Ring buffer of transitions, on the device that learns from it."""
+
+    def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
+        self.shapes = {"obs": (obs_dim,), "actions": (act_dim,), "rewards": ()}
+        self.shapes |= {"next_obs": (obs_dim,), "terminations": ()}
+        width = sum(math.prod(shape) for shape in self.shapes.values())
+        self.rows = torch.empty((capacity, width), device=device)  # a transition each
+        self.data = self.columns(self.rows)
+        self.position = 0
+        self.size = 0
+
+    def columns(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows (..., width) as named views (..., *shape)."""
+        parts = rows.split([math.prod(shape) for shape in self.shapes.values()], -1)
+        return {
+            name: part.view(*rows.shape[:-1], *self.shapes[name])
+            for name, part in zip(self.shapes, parts, strict=True)
+        }
+
+    def add(self, **transitions: np.ndarray) -> None:
+        """Store a transition per env: arrays (num_envs, ...) by column name."""
+        n = len(transitions["obs"])
+        device = self.rows.device
+        columns = [np.reshape(transitions[name], (n, -1)) for name in self.shapes]
+        rows = np.concatenate(columns, 1, dtype=np.float32)
+        index = (self.position + torch.arange(n, device=device)) % len(self.rows)
+        # one transfer; pageable memory has been read when the call returns
+        self.rows[index] = torch.from_numpy(rows).to(device, non_blocking=True)
+        self.position = (self.position + n) % len(self.rows)
+        self.size = min(self.size + n, len(self.rows))
+
+    def sample(self, batch_size: int, rng: Generator) -> dict[str, Tensor]:
+        """Uniformly, with replacement: tensors (batch_size, ...)."""
+        index = torch.randint(self.size, (batch_size,), generator=rng, device=rng.device)
+        return self.columns(self.rows[index])
+
+
+def evaluate(act: Callable, agent: Agent, envs, args: Args, frames=None, stop=()):
+    """An episode per env: returns and successes (NaN: unknown), (num_envs,)."""
+    rng = Generator(agent.device).manual_seed(args.seed)  # all evaluations start alike
+    obs, _ = envs.reset(seed=[2 * args.seed + 1] * envs.num_envs)  # training: even seeds
+    running = np.full(envs.num_envs, True)
+    returns = np.zeros(envs.num_envs)
+    successes = np.full(envs.num_envs, np.nan)
+    while running.any() and not stop:
+        if frames is not None and running[0]:
+            frames.append(envs.envs[0].render())
+        actions = act(agent, torch.as_tensor(obs, device=agent.device), args, rng)
+        obs, _, terminations, truncations, infos = envs.step(actions.cpu().numpy())
+        for i in np.flatnonzero((terminations | truncations) & running):
+            running[i] = False
+            final = infos["final_info"]
+            returns[i] = final["episode"]["r"][i]
+            for name in "is_success", "success":
+                if name in final:
+                    successes[i] = final[name][i]
+    return returns, successes
+
+
+def updates_due(args: Args, global_step: int) -> int:
+    """Gradient updates that belong to this many environment steps."""
+    return int(args.utd * (global_step - args.learning_starts) + 1e-9)  # 0.2 * 5 is 1
+
+
+def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng, obs) -> None:
+    """Act, learn, step, store; obs (num_envs, obs_dim) is where the envs are."""
+    explore, improve = act_explore, update
+    if args.compile:
+        explore, improve = accelerate(agent, explore, improve, args)  # the same, faster
+    while not run.finished():
+        # act: uniformly at random at first, then with exploration noise
+        if run.global_step < args.learning_starts:
+            actions = 2 * torch.rand(envs.action_space.shape, generator=rng, device=rng.device) - 1
+        else:
+            states = torch.as_tensor(obs).to(agent.device, non_blocking=True)
+            actions = explore(agent, states, args, rng)
+        actions = actions.cpu().numpy()
+        run.global_step += args.num_envs
+        if args.async_envs:
+            envs.step_async(actions)
+
+        # learn from what is stored so far; GPU or processes overlap it with the simulators
+        while agent.updates < updates_due(args, run.global_step):
+            improve_policy = prepare_update(agent, args)
+            batch = buffer.sample(args.batch_size, rng)
+            run.metrics |= improve(agent, batch, args, rng, improve_policy)
+            agent.updates += 1
+        follow_steps(agent, args, run.global_step)
+
+        # step: where an episode ended, next_obs already belongs to the one after it
+        transition = envs.step_wait() if args.async_envs else envs.step(actions)
+        next_obs, rewards, terminations, truncations, infos = transition
+        last_obs = next_obs.copy()
+        for i in np.flatnonzero(terminations | truncations):
+            last_obs[i] = infos["final_obs"][i]
+            episode = infos["final_info"]["episode"]
+            run.metrics["charts/episodic_return"] = float(episode["r"][i])
+            run.metrics["charts/episodic_length"] = float(episode["l"][i])
+
+        # store
+        outcome = {"rewards": rewards, "next_obs": last_obs, "terminations": terminations}
+        buffer.add(obs=obs, actions=actions, **outcome)
+        obs = next_obs
+        run.after_step()  # log, evaluate, save
+
+
+# ============ 3 PLUMBING: environments, files, arguments; the same in every script
 def fail(message: str) -> NoReturn:
     """Refuse bad input: one line on stderr, exit status 2."""
     print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
@@ -364,26 +554,30 @@ def fail(message: str) -> NoReturn:
 
 
 class SeededEpisodes(gym.Wrapper):
-    """Seed every episode anew: its seed and actions rebuild it exactly, as no saved state can."""
+    """Seed every episode: its seed and actions rebuild it exactly, as no state can."""
 
     def __init__(self, env: gym.Env, index: int):
         super().__init__(env)
-        self.index, self.episode = index, {"seed": 0, "count": 0, "actions": []}
+        self.index = index
+        self.episode = {"seed": 0, "count": 0, "actions": []}
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
+    def reset(self, *, seed=None, options=None):
         if seed is not None:
             self.episode |= {"seed": seed, "count": 0}
         self.episode |= {"count": self.episode["count"] + 1, "actions": []}
-        key = self.episode["seed"], self.index, self.episode["count"]
+        key = (self.episode["seed"], self.index, self.episode["count"])
         seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-        return self.env.reset(seed=seed, options=options)
+        return self.env.reset(seed=seed, options=options)[0], {}
 
     def step(self, action: np.ndarray):
         self.episode["actions"].append(action.copy())
-        return self.env.step(action)
+        *transition, info = self.env.step(action)
+        # what nobody reads would cost a vector env a tenth of a step
+        read = {"episode", "success", "is_success"} & info.keys()
+        return *transition, {name: info[name] for name in read}
 
     def restore(self, episodes: list[dict]) -> np.ndarray:
-        """Play back this env's entry of episodes (one per env) and return the last observation."""
+        """Play back this env's entry of episodes; returns the last observation."""
         saved = episodes[self.index]
         self.episode = saved | {"count": saved["count"] - 1}
         obs, _ = self.reset()
@@ -393,431 +587,567 @@ class SeededEpisodes(gym.Wrapper):
 
 
 def make_env(env_id: str, index: int = 0, film: bool = False) -> gym.Env:
-    """Flat float32 observations, actions in [-1, 1]; what cannot be trained on is refused."""
-    # papers report the outdated v4; float32 is what the networks want, infinite bounds included
-    warnings.filterwarnings("ignore", ".*(is out of date|precision lowered|overflow encountered).*")
-    if torch.multiprocessing.parent_process():  # a worker: Ctrl-C is for the run, which saves
+    """Flat float32 observations, actions in [-1, 1]; other envs are refused."""
+    # papers report the outdated v4; float32 is what the networks want
+    harmless = "is out of date|precision lowered|overflow encountered"
+    warnings.filterwarnings("ignore", f".*({harmless}).*")
+    if torch.multiprocessing.parent_process():  # Ctrl-C is for the run
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    mujoco = metadata.version("mujoco")
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "disable")  # else dm_control warns: there is no screen
+        # else dm_control warns
+        os.environ.setdefault("MUJOCO_GL", "disable")
+    mujoco = metadata.version("mujoco")
     if env_id.startswith("dm_control/"):
         if int(mujoco.split(".")[0]) >= 4:
-            fail(f"{env_id} needs mujoco below 4, not {mujoco}: pip install 'mujoco>=3.17,<4'")
-        import shimmy  # noqa: F401  registers the ids, in every worker process too
+            cure = "pip install 'mujoco>=3.17,<4'"
+            fail(f"{env_id} needs mujoco below 4, not {mujoco}: {cure}")
+        # registers the ids, in every worker process too
+        import shimmy  # noqa: F401
+    render = {"render_mode": "rgb_array"} if film else {}
     try:
-        env = gym.make(env_id, **({"render_mode": "rgb_array"} if film else {}))
+        env = gym.make(env_id, **render)
     except (gym.error.Error, ImportError) as error:
-        near = ", ".join(difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4))
-        fail(f"cannot make {env_id!r} (mujoco {mujoco}): {error} Registered ids near it: {near}")
-    if film and hasattr(env.unwrapped, "mujoco_renderer") and env.unwrapped.model.ncam:
-        env.unwrapped.mujoco_renderer.camera_id = 0  # follow: the default one stays where it is
-    space, actions, Box = env.observation_space, env.action_space, gym.spaces.Box
-    leaves = space.values() if isinstance(space, gym.spaces.Dict) else [space]
-    if not (isinstance(actions, Box) and actions.is_bounded() and len(actions.shape) == 1):
-        fail(f"{env_id} has actions {actions}; only bounded vectors of numbers (Box) will do")
+        near = difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4)
+        known = f"Registered ids near it: {', '.join(near)}"
+        fail(f"cannot make {env_id!r} (mujoco {mujoco}): {error} {known}")
+    raw = env.unwrapped
+    if film and hasattr(raw, "mujoco_renderer") and raw.model.ncam:
+        raw.mujoco_renderer.camera_id = 0  # it follows
+
+    Box = gym.spaces.Box
+    space = env.action_space
+    if not (isinstance(space, Box) and space.is_bounded() and len(space.shape) == 1):
+        reason = "only bounded vectors of numbers (Box) will do"
+        fail(f"{env_id} has actions {space}; {reason}")
+    space = env.observation_space
+    leaves = [space]
+    if isinstance(space, gym.spaces.Dict):
+        leaves = space.values()
     if not all(isinstance(leaf, Box) and leaf.dtype.kind == "f" for leaf in leaves):
-        fail(f"{env_id} has observations {space}; only vectors of numbers will do, images will not")
-    env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
+        reason = "only vectors of numbers will do, images will not"
+        fail(f"{env_id} has observations {space}; {reason}")
+    env = gym.wrappers.FlattenObservation(env)
+    env = gym.wrappers.DtypeObservation(env, np.float32)
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     return SeededEpisodes(gym.wrappers.RecordEpisodeStatistics(env), index)
 
 
 def make_envs(env_id: str, n: int, in_processes: bool = False, film: bool = False):
-    """Vector env whose done step already returns the next episode's first observation."""
+    """A vector env whose last step of an episode returns the next one's first obs."""
     makers = [partial(make_env, env_id, i, film and i == 0) for i in range(n)]
-    vector = gym.vector.AsyncVectorEnv if in_processes else gym.vector.SyncVectorEnv
+    vector = gym.vector.SyncVectorEnv
+    if in_processes:
+        vector = gym.vector.AsyncVectorEnv
     return vector(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
-def choose_opengl() -> None:
-    """Find a renderer that needs no screen, before mujoco's import reads MUJOCO_GL for good."""
-    probe = [sys.executable, "-c", "import mujoco; mujoco.GLContext(8, 8).make_current()"]
-    for backend in "egl", "osmesa", "glfw":
-        os.environ["MUJOCO_GL"] = backend
-        if subprocess.run(probe, capture_output=True).returncode == 0:
-            return
-    fail("--capture-video finds no OpenGL: apt-get install libegl1 libegl-mesa0 (or libosmesa6)")
+def write_video(frames: list, env: gym.Env, file: Path) -> None:
+    """Write one episode of env to <file>-episode-0.mp4."""
+    from gymnasium.utils.save_video import save_video  # slow to import
+
+    # MuJoCo's and dm_control's own clock
+    dt = getattr(env.unwrapped, "dt", 1 / 30)
+    save_video(frames, file.parent, lambda _: True, name_prefix=file.name, fps=1 / dt)
 
 
-# all that makes an update faster, and nothing else, follows; --no-compile does without
-def in_blocks(network: Callable, dim: int, rows: int) -> Callable:
-    """The network, on a CPU fed with pieces of x (N, B, ...) of that many rows or one candidate."""
-
-    def call(obs: Tensor, x: Tensor, *times: Tensor) -> Tensor:
-        if x.ndim == 2 or x.device.type != "cpu":
-            return network(obs, x, *times)
-        pieces = x.split(max(1, rows // x.shape[1]))
-        return torch.cat([network(obs, piece, *times) for piece in pieces], dim)
-
-    return call
-
-
-class Captured:
-    """function(agent, inputs, args, rng, key) as one CUDA graph per key, a single launch.
-
-    It reads and writes the addresses of its recording: inputs are copied there, outputs hold until
-    the next call. The first three calls are not recorded: they compile, choose kernels, allocate.
-    """
-
-    def __init__(self, function: Callable):
-        self.function, self.calls, self.graphs = function, Counter(), {}
-
-    def __call__(self, agent, inputs, args: Args, rng: Generator, key):
-        self.calls[key] += 1
-        if self.calls[key] <= 3:
-            return self.function(agent, inputs, args, rng, key)
-        if key not in self.graphs:
-            graph, static = torch.cuda.CUDAGraph(), copy.deepcopy(inputs)
-            graph.register_generator_state(rng)  # each replay draws on where the last one stopped
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                self.graphs[key] = graph, static, self.function(agent, static, args, rng, key)
-        graph, static, outputs = self.graphs[key]
-        for name in inputs if isinstance(inputs, dict) else [...]:  # tensor[...] is all of it
-            static[name].copy_(inputs[name])
-        graph.replay()
-        return outputs
-
-
-def accelerate(agent, args: Args, device: torch.device) -> None:
-    """--compile: compile what an update calls, capture it on CUDA, or say in a line why not."""
-    try:
-        torch.compile(torch.exp)(torch.ones(1, device=device))
-    except Exception as error:  # no C++ compiler or Triton; torch has many ways to say so
-        print(f"going on without --compile: {str(error).splitlines()[0]}", file=sys.stderr)
-        return
-    # one layer's float32 activations then fill a megabyte per thread, a usual cache
-    rows = torch.get_num_threads() * 2**20 // 4 // args.hidden_dim
-    for network, dim in (agent.policy, 0), (agent.critic, 1), (agent.target_critic, 1):
-        network.forward = in_blocks(torch.compile(network.forward, dynamic=False), dim, rows)
-    agent.policy_loss = torch.compile(agent.policy_loss, dynamic=False)
+def describe_machine(device: torch.device) -> dict:
+    """Versions, commit and hardware."""
+    versions = {"python": sys.version.split()[0]}
+    for package in "torch", "gymnasium", "mujoco", "dm-control", "numpy":
+        # dm-control may be missing
+        if find_spec(package.replace("-", "_")):
+            versions[package] = metadata.version(package)
+    git = "git describe --always --dirty --abbrev=40"
+    how = {"shell": True, "capture_output": True, "text": True}
+    commit = subprocess.run(git, cwd=Path(__file__).parent, **how)
+    name = sys.platform
+    cpuinfo = Path("/proc/cpuinfo")
     if device.type == "cuda":
-        agent.act, agent.learn = Captured(agent.act), Captured(agent.learn)
-        torch.cuda.synchronize(device)
-        torch.cuda.set_stream(torch.cuda.Stream(device))  # the default one cannot be captured
+        name = torch.cuda.get_device_name(device)
+    elif cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(": ")[1]
+    versions |= {"commit": commit.stdout.strip(), "device": name}
+    return versions | {"threads": torch.get_num_threads()}
 
 
-@torch.no_grad()
-def for_one_step(policy: NoisePredictor) -> NoisePredictor:
-    """A copy that embeds nothing, faster per step: a table holds the embedding of every level."""
-    folded, device = copy.deepcopy(policy), policy.alpha_bar.device
-    levels = torch.arange(len(policy.signal), device=device)[:, None]
-    table = policy.time_mlp(time_embedding(levels))  # (T, TIME_DIM)
-    folded.forward = lambda obs, x, k: folded.net(obs, x, table[k])
-    return folded
+def make_run_dir(args: Args, device: torch.device) -> Path:
+    """Make runs/<env>__<exp>__<seed>__<time>; mkdir fails rather than share one."""
+    now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
+    run_dir = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
+    run_dir.mkdir(parents=True)
+    write_json(run_dir / "versions.json", describe_machine(device))
+    return run_dir
 
 
-class ReplayBuffer:
-    """Ring buffer of transitions, on the device that learns from it."""
-
-    def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
-        dims = {"obs": (obs_dim,), "actions": (act_dim,), "rewards": (), "next_obs": (obs_dim,)}
-        dims["terminations"] = ()
-        self.dims = dims
-        self.rows = torch.empty((capacity, sum(map(math.prod, dims.values()))), device=device)
-        self.data = self.columns(self.rows)
-        self.capacity, self.device, self.position, self.size = capacity, device, 0, 0
-
-    def columns(self, rows: Tensor) -> dict[str, Tensor]:
-        """Rows (..., width) as named views (..., *dims)."""
-        parts = rows.split([math.prod(dim) for dim in self.dims.values()], -1)
-        shapes = zip(self.dims.items(), parts, strict=True)
-        return {key: part.view(*rows.shape[:-1], *dim) for (key, dim), part in shapes}
-
-    def add(self, *transitions: np.ndarray) -> None:
-        """Store one transition per env, arrays (num_envs, ...) in the order of self.data."""
-        n = len(transitions[0])
-        rows = np.concatenate([np.reshape(x, (n, -1)) for x in transitions], 1, dtype=np.float32)
-        index = (self.position + torch.arange(n, device=self.device)) % self.capacity
-        # one transfer; from pageable memory it has left the array when the call returns
-        self.rows[index] = torch.from_numpy(rows).to(self.device, non_blocking=True)
-        self.position = (self.position + n) % self.capacity
-        self.size = min(self.size + n, self.capacity)
-
-    def sample(self, batch_size: int, rng: Generator) -> dict[str, Tensor]:
-        """Uniformly, with replacement: tensors (batch_size, ...)."""
-        index = torch.randint(self.size, (batch_size,), generator=rng, device=self.device)
-        return self.columns(self.rows[index])
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def evaluate(agent: Agent, envs, args: Args, mode: str, film: Path, stop=()) -> dict:
-    """One episode per env, side by side: a row for evaluations.csv; films the first mode."""
-    rng = Generator(agent.device).manual_seed(args.seed)  # all evaluations start alike
-    obs, _ = envs.reset(seed=[2 * args.seed + 1] * envs.num_envs)  # training has the even seeds
-    running, frames = np.full(envs.num_envs, True), []
-    returns, success = np.zeros(envs.num_envs), np.full(envs.num_envs, np.nan)
-    while running.any() and not stop:
-        if args.capture_video and mode == next(iter(agent.modes)) and running[0]:
-            frames.append(envs.envs[0].render())
-        actions = act(agent, torch.as_tensor(obs, device=rng.device), args, rng, mode)
-        obs, _, terminations, truncations, infos = envs.step(actions.cpu().numpy())
-        for i in np.flatnonzero((terminations | truncations) & running):
-            final, running[i] = infos["final_info"], False
-            returns[i] = final["episode"]["r"][i]
-            success[i] = final.get("success", final.get("is_success", success))[i]
-    if frames:
-        from gymnasium.utils.save_video import save_video  # slow to import
-
-        dt = getattr(envs.envs[0].unwrapped, "dt", 1 / 30)  # MuJoCo's and dm_control's own clock
-        save_video(frames, film.parent, lambda _: True, name_prefix=film.name, fps=1 / dt)
-    row = {"mode": mode, "nfe": agent.modes[mode][0], "num_candidates": agent.modes[mode][1]}
-    row |= {"return_mean": returns.mean(), "return_std": returns.std()}
-    return row | {"success_rate": success.mean(), "returns": " ".join(f"{x:.4f}" for x in returns)}
+def cut_csv(path: Path, global_step: int) -> None:
+    """Drop rows beyond global_step, which a resumed run repeats, and one torn off."""
+    header, *rows = path.read_text().splitlines(keepends=True) or [""]
+    size = len(header)
+    for row in rows:
+        if row.endswith("\n") and int(row.split(",")[0]) <= global_step:
+            size += len(row)
+    os.truncate(path, size)
 
 
-class RunLogger:
-    """The run directory: its CSV files and TensorBoard events, which wandb mirrors if asked to."""
+@dataclass
+class Run:
+    """How far a run is, and all that it writes."""
 
-    def __init__(self, args: Args, device: torch.device, run_dir: Path | None, global_step: int):
-        self.run_dir = run_dir or self.create(args, device)
-        (self.run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-        for path in self.run_dir.glob("*.csv"):  # what a resumed run repeats must not stand twice
-            head, *rows = path.read_bytes().splitlines(keepends=True) or [b""]
-            rows = [r for r in rows if r[-1:] == b"\n" and int(r.split(b",")[0]) <= global_step]
-            os.truncate(path, len(head) + sum(map(len, rows)))
+    args: Args
+    agent: Agent
+    buffer: ReplayBuffer
+    envs: gym.vector.VectorEnv
+    eval_envs: gym.vector.VectorEnv
+    rng: Generator
+    stop: "StopSignal"
+
+    def __post_init__(self):
+        args = self.args
+        self.stopped = False
+        self.global_step = 0
+        self.start = time.perf_counter()
+        # the first columns of metrics.csv
+        self.metrics = {
+            "charts/episodic_return": math.nan,
+            "charts/episodic_length": math.nan,
+            "charts/SPS": math.nan,
+        }
+        if args.resume:
+            file, saved = load(args.resume, "checkpoint.pt")
+            refuse_changes(args, saved, self.rng.device)
+            self.dir = file.parent
+            self.first_obs = self.restore(saved)
+        else:
+            # even: evaluation has the odd seeds
+            self.first_obs, _ = self.envs.reset(seed=[2 * args.seed] * args.num_envs)
+            self.dir = make_run_dir(args, self.rng.device)
+        write_json(self.dir / "args.json", asdict(args))
+        for path in self.dir.glob("*.csv"):
+            cut_csv(path, self.global_step)
         if args.track:
             import wandb
 
-            where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-            where |= {"id": self.run_dir.name, "resume": "allow"}
-            wandb.init(**where, config=asdict(args), sync_tensorboard=True)
-            wandb.save(f"{self.run_dir}/videos/*.mp4", base_path=self.run_dir)
-        self.writer = SummaryWriter(self.run_dir, purge_step=global_step + 1)
+            wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                id=self.dir.name,
+                resume="allow",
+                config=asdict(args),
+                sync_tensorboard=True,
+            )
+            wandb.save(f"{self.dir}/videos/*.mp4", base_path=self.dir)
+        self.writer = SummaryWriter(self.dir, purge_step=self.global_step + 1)
+        self.bar = tqdm(
+            total=args.total_timesteps,
+            initial=self.global_step,
+            unit="step",
+            disable=None,
+        )
 
-    def create(self, args: Args, device: torch.device) -> Path:
-        """Make runs/<env>__<exp>__<seed>__<time>; mkdir fails rather than share one."""
-        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
-        run_dir = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
-        run_dir.mkdir(parents=True)
-        versions = {"python": sys.version.split()[0]}
-        for package in "torch", "gymnasium", "mujoco", "dm-control", "numpy":
-            with suppress(metadata.PackageNotFoundError):  # dm-control may be missing
-                versions[package] = metadata.version(package)
-        git, here = "git describe --always --dirty --abbrev=40", Path(__file__).parent
-        run = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True)
-        cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        cpu = [line.split(": ")[1] for line in cpu.splitlines() if line.startswith("model name")]
-        gpu = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
-        versions |= {"commit": run.stdout.strip(), "device": (gpu + cpu + [sys.platform])[0]}
-        versions["threads"] = torch.get_num_threads()
-        (run_dir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
-        return run_dir
+    def at_last_step(self) -> bool:
+        return self.global_step + self.args.num_envs > self.args.total_timesteps
 
-    def row(self, name: str, values: dict, plotted: dict) -> None:
-        """Append to <name>.csv, columns from the first row, NaN empty; TensorBoard gets plotted."""
-        with (self.run_dir / f"{name}.csv").open("a") as file:
+    def finished(self) -> bool:
+        return self.at_last_step() or self.stopped
+
+    def due(self, every: int) -> bool:
+        """Every so many steps, and at the last one; 0: at the last one only."""
+        passed = every > 0 and self.global_step % every < self.args.num_envs
+        return passed or self.at_last_step()
+
+    def after_step(self) -> None:
+        """Log, evaluate and save, if due."""
+        args = self.args
+        self.bar.update(args.num_envs)
+        self.now = {
+            "global_step": self.global_step,
+            "updates": self.agent.updates,
+            "wall_time": round(time.perf_counter() - self.start, 3),
+        }
+        if self.due(args.log_every) and self.agent.updates:
+            self.log()
+        if args.eval_every and self.due(args.eval_every):
+            self.evaluate_modes()
+        # decided once: a later signal waits for the next step
+        self.stopped = bool(self.stop)
+        if self.stopped or self.due(args.checkpoint_every):
+            self.save()
+
+    def refuse_divergence(self) -> None:
+        """End a run that diverged before it replaces its last good checkpoint."""
+        self.metrics = {name: float(value) for name, value in self.metrics.items()}
+        for name, value in (self.metrics | self.agent.state_dict()).items():
+            finite = torch.as_tensor(value).isfinite().all()
+            if not finite and not name.startswith("charts/"):
+                where = f"{name} is NaN or infinite at step {self.global_step}"
+                raise SystemExit(f"diverged: {where}")
+
+    def write(self, name: str, row: dict, plotted: dict) -> None:
+        """Append to <name>.csv, whose columns are the first row's; NaN stays empty."""
+        with (self.dir / f"{name}.csv").open("a") as file:
             if file.tell() == 0:
-                file.write(",".join(values) + "\n")
-            file.write(",".join("" if v != v else str(v) for v in values.values()) + "\n")
+                file.write(",".join(row) + "\n")
+            # NaN is not equal to itself
+            cells = ["" if x != x else str(x) for x in row.values()]
+            file.write(",".join(cells) + "\n")
         for key, value in plotted.items():
-            self.writer.add_scalar(key, value, values["global_step"])
+            self.writer.add_scalar(key, value, self.global_step)
 
+    def log(self) -> None:
+        self.refuse_divergence()
+        speed = self.global_step / self.now["wall_time"]
+        self.metrics["charts/SPS"] = round(speed, 1)
+        self.write("metrics", self.now | self.metrics, self.metrics)
+        self.bar.set_postfix(episodic_return=self.metrics["charts/episodic_return"])
 
-def save_run(run_dir, args, agent, buffer, envs, rng, progress: dict) -> None:
-    """policy.pt to use the policy, checkpoint.pt to go on training exactly where it stopped."""
-    state = progress | {"args": asdict(replace(args, resume=None))}
-    policy = {"policy": agent.target_policy.state_dict(), "critics": agent.critic.state_dict()}
-    policy |= {key: state[key] for key in ("args", "global_step")}
-    counters = {key: value for key, value in vars(agent).items() if type(value) is int}
-    state |= {"agent": agent.state_dict(), "counters": counters}
-    state["optimizers"] = {key: opt.state_dict() for key, opt in agent.optimizers.items()}
-    state["buffer"] = {key: value[: buffer.size].clone() for key, value in buffer.data.items()}
-    state |= {"position": buffer.position, "rng": rng.get_state(), "device": rng.device.type}
-    episodes = envs.get_attr("episode")
-    state["episodes"] = [e | {"actions": torch.tensor(np.array(e["actions"]))} for e in episodes]
-    for name, content in ("policy.pt", policy), ("checkpoint.pt", state):
-        torch.save(content, run_dir / f"{name}.tmp")
-        os.replace(run_dir / f"{name}.tmp", run_dir / name)  # a crash leaves the old or the new one
+    def evaluate_modes(self) -> None:
+        """Evaluate every mode; a signal does not wait for it, but gives it up."""
+        self.refuse_divergence()
+        args = self.args
+        envs = self.eval_envs
+        for mode, act in MODES.items():
+            frames = [] if args.capture_video and mode == DEPLOYED else None
+            with torch.compiler.set_stance("force_eager"):  # too short to compile for
+                results = evaluate(act, self.agent, envs, args, frames, self.stop)
+            if self.stop:
+                return
+            if frames:
+                write_video(frames, envs.envs[0], self.dir / f"videos/{self.global_step}")
+            returns, successes = results
+            nfe, num_candidates = cost_of(mode, args)
+            row = {
+                "mode": mode,
+                "nfe": nfe,
+                "num_candidates": num_candidates,
+                "return_mean": returns.mean(),
+                "return_std": returns.std(),
+                "success_rate": successes.mean(),
+                "returns": " ".join(f"{x:.4f}" for x in returns),
+            }
+            names = "return_mean", "return_std"
+            plotted = {f"eval_{mode}/{name}": row[name] for name in names}
+            self.write("evaluations", self.now | row, plotted)
+            tqdm.write(f"step {self.global_step:,}: {mode} {returns.mean():.1f}")
+
+    def save(self) -> None:
+        """policy.pt to use the policy, checkpoint.pt to go on exactly from here."""
+        self.refuse_divergence()
+        agent = self.agent
+        args = asdict(replace(self.args, resume=None))
+        policy = {
+            "policy": agent.acting_policy.state_dict(),
+            "critics": agent.critic.state_dict(),
+            "args": args,
+            "global_step": self.global_step,
+        }
+        size = self.buffer.size
+        optimizers = agent.optimizers.items()
+        episodes = []
+        for episode in self.envs.get_attr("episode"):
+            actions = torch.tensor(np.array(episode["actions"]))
+            episodes.append(episode | {"actions": actions})
+        state = {
+            "args": args,
+            "metrics": self.metrics,
+            "agent": agent.state_dict(),
+            "counters": {name: getattr(agent, name) for name in agent.counters},
+            "optimizers": {name: x.state_dict() for name, x in optimizers},
+            "buffer": {name: x[:size].clone() for name, x in self.buffer.data.items()},
+            "position": self.buffer.position,
+            "rng": self.rng.get_state(),
+            "device": self.rng.device.type,
+            "episodes": episodes,
+        }
+        files = {"policy.pt": policy, "checkpoint.pt": self.now | state}
+        for name, content in files.items():
+            torch.save(content, self.dir / f"{name}.tmp")
+            # a crash leaves the old file whole
+            os.replace(self.dir / f"{name}.tmp", self.dir / name)
+
+    def restore(self, saved: dict) -> np.ndarray:
+        """Undo save; returns the observations the envs were at."""
+        self.global_step = saved["global_step"]
+        self.start -= saved["wall_time"]
+        self.metrics = saved["metrics"]
+        self.agent.load_state_dict(saved["agent"])
+        for name, value in saved["counters"].items():
+            setattr(self.agent, name, value)
+        for name, optimizer in self.agent.optimizers.items():
+            # a tensor must stay the same: agent.policy_lr is one
+            lr = optimizer.param_groups[0]["lr"]
+            optimizer.load_state_dict(saved["optimizers"][name])
+            optimizer.param_groups[0]["lr"] = lr
+        self.buffer.position = saved["position"]
+        self.buffer.size = len(saved["buffer"]["rewards"])
+        for name, column in saved["buffer"].items():
+            self.buffer.data[name][: self.buffer.size] = column
+        self.rng.set_state(saved["rng"])
+        return np.stack(self.envs.call("restore", saved["episodes"]))
+
+    def close(self) -> None:
+        for resource in self.bar, self.writer, self.envs, self.eval_envs:
+            resource.close()
 
 
 def load(path: str, name: str) -> tuple[Path, dict]:
-    """Read what save_run wrote, given the file or its run directory; refuse anything else."""
-    file = Path(path) / name if Path(path).is_dir() else Path(path)
-    keys = {"args", "global_step", "episodes" if name == "checkpoint.pt" else "policy"}
+    """Read what Run.save wrote, given the file or its folder; refuse anything else."""
+    file = Path(path)
+    if file.is_dir():
+        file = file / name
+    needed = {"checkpoint.pt": "episodes", "policy.pt": "policy"}
+    keys = {"args", "global_step", needed[name]}
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-        assert keys <= set(content) and set(content["args"]) == {f.name for f in fields(Args)}
+        assert keys <= set(content)
+        assert set(content["args"]) == {field.name for field in fields(Args)}
     except Exception:  # torch raises many kinds for a damaged file
-        fail(f"{file} is missing, damaged or no {name} of this version of {Path(__file__).name}")
+        script = Path(__file__).name
+        fail(f"{file} is missing, damaged or no {name} of this version of {script}")
     return file, content
 
 
-def restore_run(saved: dict, agent, buffer, envs, rng) -> np.ndarray:
-    """Undo save_run; returns the observations the envs were at."""
-    agent.load_state_dict(saved["agent"])
-    vars(agent).update(saved["counters"])
-    for key, optimizer in agent.optimizers.items():
-        settings = optimizer.state_dict()["param_groups"]  # a learning rate on its own device
-        optimizer.load_state_dict(saved["optimizers"][key] | {"param_groups": settings})
-    buffer.position, buffer.size = saved["position"], len(saved["buffer"]["rewards"])
-    for key, value in saved["buffer"].items():
-        buffer.data[key][: buffer.size] = value
-    rng.set_state(saved["rng"])
-    return np.stack(envs.call("restore", saved["episodes"]))
+MAY_BE_ZERO = {"seed", "eval_every", "checkpoint_every", "torch_threads", "noise_scale"}
+MAY_BE_ZERO |= {"policy_lr_decay"}
+AT_MOST_ONE = {"gamma", "tau", "q_stats_rate"}
+RISING = {"policy_lr_decay"}
+MAY_CHANGE = {"resume", "total_timesteps", "log_every", "capture_video", "torch_threads"}
+MAY_CHANGE |= {"track", "wandb_project_name", "wandb_entity"}  # on --resume
 
 
-def check_args(args: Args) -> torch.device:
-    """Refuse values that cannot work; returns the device to run on."""
-    numbers = {k: v for k, v in asdict(args).items() if type(v) in (int, float)}
-    numbers |= {"policy_lr": min(args.policy_lr), "policy_lr_decay": max(args.policy_lr_decay)}
-    zero_ok = "seed", "eval_every", "checkpoint_every", "torch_threads", "noise_scale"
-    limits = dict.fromkeys(("gamma", "tau", "q_stats_rate"), (1, "at most 1"))
-    limits["num_envs"] = args.buffer_size, "at most --buffer-size"
-    limits["batch_size"] = args.learning_starts, "at most --learning-starts"
-    limits["learning_starts"] = args.total_timesteps, "at most --total-timesteps"
-    for key, value in numbers.items():
-        limit, high = limits.get(key, (sys.float_info.max, "finite"))
-        low = "0 or more" if key in zero_ok else "above 0"
-        if not (0 < value <= limit or (value == 0 and key in zero_ok)):
-            fail(f"--{key.replace('_', '-')} {value} must be {low} and {high}")
-    if args.utd * (args.total_timesteps - args.learning_starts) < 1:
-        fail(f"--utd {args.utd} gives no update; raise it or --total-timesteps")
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_args(args: Args) -> None:
+    """Refuse numbers that cannot work."""
+    limits = dict.fromkeys(AT_MOST_ONE, (1, "at most 1"))
+    limits["num_envs"] = (args.buffer_size, "at most --buffer-size")
+    limits["batch_size"] = (args.learning_starts, "at most --learning-starts")
+    limits["learning_starts"] = (args.total_timesteps, "at most --total-timesteps")
+    rules = []
+    for name, value in asdict(args).items():
+        if isinstance(value, bool | str | None) or name in RISING:
+            continue
+        limit, high = limits.get(name, (sys.float_info.max, "finite"))
+        low = "0 or more" if name in MAY_BE_ZERO else "above 0"
+        for number in np.atleast_1d(value).tolist():
+            holds = 0 < number <= limit or (number == 0 and name in MAY_BE_ZERO)
+            rules.append((holds, f"{flag(name)} {number} must be {low} and {high}"))
+    for name in RISING:
+        first, last = getattr(args, name)
+        holds = -math.inf < first < last < math.inf
+        rules.append((holds, f"{flag(name)} {first} {last} must be finite and rise"))
+    updates = args.utd * (args.total_timesteps - args.learning_starts)
+    message = f"--utd {args.utd} gives no update; raise it or --total-timesteps"
+    rules.append((updates >= 1, message))
+    for holds, message in rules:
+        if not holds:
+            fail(message)
+
+
+def refuse_changes(args: Args, saved: dict, device: torch.device) -> None:
+    """A checkpoint goes on with its own arguments, on its own kind of device."""
+    for name, value in saved["args"].items():
+        if name not in MAY_CHANGE and value != getattr(args, name):
+            fail(f"{flag(name)} cannot change on --resume; it was {value}")
+    if saved["device"] != device.type:
+        fail(f"{args.resume} was written on {saved['device']} and can only go on there")
+
+
+def choose_device(args: Args) -> torch.device:
+    """The device to run on; one that is not there is refused."""
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.empty(0, device=auto if args.device == "auto" else args.device).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
-        fail(f"--device {args.device} is not to be had here; --device auto takes what there is")
+        fail(f"--device {name} is not to be had here; --device auto takes what there is")
     if args.precision == "tf32" and device.type != "cuda":
         fail(f"--precision tf32 needs a CUDA GPU, not --device {device}")
     return device
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """The command line; --resume and --evaluate take their defaults from the stored arguments."""
+    """The command line; --resume and --evaluate start from the stored arguments."""
     args = tyro.cli(Args, args=argv)
     if path := args.resume or args.evaluate:
-        _, saved = load(path, "checkpoint.pt" if args.resume else "policy.pt")
-        args = tyro.cli(Args, args=argv, default=Args(**saved["args"]))
+        name = "checkpoint.pt" if args.resume else "policy.pt"
+        _, saved = load(path, name)
+        stored = Args(**saved["args"])
+        args = tyro.cli(Args, args=argv, default=stored)
     return args
 
 
-# ---------------------------------------------------------------------------- main
+class StopSignal:
+    """Note the first SIGINT or SIGTERM, to save and end; a second exits at once."""
+
+    def __init__(self):
+        self.signum = None
+
+    def __bool__(self) -> bool:
+        return self.signum is not None
+
+    def __enter__(self):
+        self.handlers = {}
+        for signum in signal.SIGINT, signal.SIGTERM:
+            self.handlers[signum] = signal.signal(signum, self.note)
+        # Compilers inherit this mask and so outlive a terminal's Ctrl-C, of which this process
+        # still hears through an older thread, that of TensorBoard's writer.
+        self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        return self
+
+    def __exit__(self, *_):
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+
+    def note(self, signum: int, _frame) -> None:
+        if self:
+            sys.exit(128 + signum)
+        self.signum = signum
+
+
+# ============ 4 SPEED: compiled and recorded updates; the deployed policy; main
+class FastMish(nn.Mish):
+    """Mish x tanh(softplus(x)); with a single exponential where it is compiled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            # eager: one pass over memory counts for more
+            return super().forward(x)
+        # from 20 on Mish is x to float precision
+        e = x.clamp(max=20).exp()
+        n = e * (e + 2)
+        return x * n / (n + 2)
+
+
+class Captured:
+    """function(agent, inputs, args, rng, *key) as one CUDA graph per key, a single launch.
+
+    Inputs are copied to the addresses of the recording; outputs hold until the next call.
+    Three calls are not recorded: they compile, choose kernels and allocate.
+    """
+
+    def __init__(self, function: Callable):
+        self.function = function
+        self.calls = {}
+        self.graphs = {}
+
+    def __call__(self, agent, inputs, args: Args, rng: Generator, *key):
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= 3:
+            return self.function(agent, inputs, args, rng, *key)
+        if key not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(rng)  # replays go on drawing from it
+            static = copy.deepcopy(inputs)
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                outputs = self.function(agent, static, args, rng, *key)
+            self.graphs[key] = (graph, static, outputs)
+        graph, static, outputs = self.graphs[key]
+        if isinstance(inputs, Tensor):
+            static.copy_(inputs)
+        else:
+            for name, value in inputs.items():
+                static[name].copy_(value)
+        graph.replay()
+        return outputs
+
+
+def accelerate(
+    agent: Agent, explore: Callable, improve: Callable, _args: Args
+) -> tuple[Callable, Callable]:
+    """The two functions compiled, and on CUDA recorded; or as they are, and a line why."""
+    device = agent.device
+    try:
+        torch.compile(torch.exp)(torch.ones(1, device=device))
+    except Exception as error:  # no C++ compiler or no Triton
+        reason = str(error).splitlines()[0]
+        print(f"going on without --compile: {reason}", file=sys.stderr)
+        return explore, improve
+    for module in agent.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.Mish):
+                setattr(module, name, FastMish())
+    for network in agent.policy, agent.critic, agent.target_critic:
+        network.compile(dynamic=False)
+    improve = partial(improve, loss=torch.compile(policy_loss, dynamic=False))
+    if device.type != "cuda":
+        return explore, improve
+    torch.cuda.synchronize(device)
+    # the default stream cannot be captured
+    torch.cuda.set_stream(torch.cuda.Stream(device))
+    return Captured(explore), Captured(improve)
+
+
 def replay(args: Args, agent: Agent, envs) -> None:
-    """--evaluate: the saved policy as it is deployed, which is its first mode."""
+    """--evaluate: episodes of a saved policy, as it is deployed."""
     file, saved = load(args.evaluate, "policy.pt")
     if args.env_id != saved["args"]["env_id"]:
         fail(f"{file} was trained on {saved['args']['env_id']}, not on {args.env_id}")
-    agent.target_policy.load_state_dict(saved["policy"])
-    agent.target_policy, mode = for_one_step(agent.target_policy), next(iter(agent.modes))
-    result = evaluate(agent, envs, args, mode, file.parent / "videos" / "evaluate")
-    for episode, value in enumerate(result["returns"].split()):
-        print(f"episode {episode}: return {value}")
+    agent.acting_policy.load_state_dict(saved["policy"])
+    act = MODES[DEPLOYED]
+    frames = [] if args.capture_video else None
+    returns, _ = evaluate(act, agent, envs, args, frames)
+    if frames:
+        write_video(frames, envs.envs[0], file.parent / "videos/evaluate")
+    for episode, value in enumerate(returns):
+        print(f"episode {episode}: return {value:.4f}")
     obs = torch.zeros(1, *envs.single_observation_space.shape, device=agent.device)
-    rng = Generator(obs.device)
-    ms = min(timeit.repeat(lambda: act(agent, obs, args, rng, mode).cpu(), number=100)) * 10
-    print("return {return_mean:.2f} +- {return_std:.2f}".format(**result), f"{ms:.3f} ms/action")
+    rng = Generator(agent.device)
+    start = time.perf_counter()
+    for _ in range(500):
+        act(agent, obs, args, rng).cpu()
+    ms = 1000 * (time.perf_counter() - start) / 500
+    print(f"return {returns.mean():.2f} +- {returns.std():.2f} {ms:.3f} ms/action")
 
 
 def main(args: Args) -> Path | None:
-    """Train and return the run directory; the loop is act, learn, step, store, log."""
-    file, saved, device = None, None, check_args(args)
-    torch.set_num_threads(args.torch_threads or min(8, torch.get_num_threads()))
-    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
-    if args.resume:
-        file, saved = load(args.resume, "checkpoint.pt")
-        may_change = "resume", "total_timesteps", "log_every", "capture_video", "torch_threads"
-        may_change += "track", "wandb_project_name", "wandb_entity"
-        for key, value in saved["args"].items():
-            if value != getattr(args, key) and key not in may_change:
-                fail(f"--{key.replace('_', '-')} cannot change on --resume; it was {value}")
-        if saved["device"] != device.type:
-            fail(f"{file} was written on {saved['device']} and can only go on there")
-    if args.capture_video and not {"DISPLAY", "MUJOCO_GL"} & set(os.environ):
-        choose_opengl()
-    envs = make_envs(args.env_id, args.num_envs, args.async_envs)  # first, because it may fork
-    film = args.capture_video  # which wants the simulators in this process
-    eval_envs = make_envs(args.env_id, args.eval_episodes, args.async_envs and not film, film)
-    obs_dim, act_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    """Train and return the run directory, or replay a policy."""
+    check_args(args)
+    device = choose_device(args)
+    threads = args.torch_threads or min(8, torch.get_num_threads())
+    torch.set_num_threads(threads)
+    tf32 = args.precision == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    warnings.filterwarnings("ignore", ".*(capturable=True|matmul_precision).*")
+    if args.capture_video and not {"DISPLAY", "MUJOCO_GL"} & os.environ.keys():
+        fail("--capture-video needs a screen, or apt-get install libegl1 and MUJOCO_GL=egl")
+    # first, because it may fork
+    envs = make_envs(args.env_id, args.num_envs, args.async_envs)
+    film = args.capture_video
+    # filming wants the simulators in this process
+    processes = args.async_envs and not film
+    eval_envs = make_envs(args.env_id, args.eval_episodes, processes, film)
+    obs_dim = envs.single_observation_space.shape[0]
+    act_dim = envs.single_action_space.shape[0]
     torch.manual_seed(args.seed)  # the networks' initial weights
     agent = Agent(obs_dim, act_dim, args, device)
     if args.evaluate:
         return replay(args, agent, eval_envs)
+
     buffer = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
-    rng = Generator(device).manual_seed(args.seed)  # random actions, noise, replay sampling
-    charts = "charts/episodic_return", "charts/episodic_length", "charts/SPS"
-    if saved:
-        global_step, start, metrics = saved["global_step"], saved["wall_time"], saved["metrics"]
-        obs = restore_run(saved, agent, buffer, envs, rng)
-    else:
-        global_step, start, metrics = 0, 0.0, dict.fromkeys(charts, math.nan)
-        obs, _ = envs.reset(seed=[2 * args.seed] * args.num_envs)
-    logger = RunLogger(args, device, file and file.parent, global_step)
-    run_dir, rows = logger.run_dir, args.batch_size * args.num_candidates
-    print(f"{args.env_id}: {obs_dim} observations, {act_dim} actions; writing to {run_dir}")
-    print(f"one update evaluates {rows * args.flow_steps:,} policy rows, {2 * rows:,} critic rows")
-    # compilers inherit this and outlive a terminal's Ctrl-C, which the writer's thread lets in
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    if args.compile:
-        accelerate(agent, args, device)
-    stop, stopping, start = [], False, time.perf_counter() - start
-    for signum in signal.SIGINT, signal.SIGTERM:  # one finishes the step and saves, two kill
-        signal.signal(signum, lambda s, _: sys.exit(128 + s) if stop else stop.append(s))
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=None)
-    while global_step + args.num_envs <= args.total_timesteps and not stopping:
-        # act: uniformly at random at first, then the slow policy with exploration noise
-        if global_step < args.learning_starts:
-            actions = 2 * torch.rand((args.num_envs, act_dim), generator=rng, device=device) - 1
-        else:
-            actions = agent.act(
-                agent, torch.as_tensor(obs).to(device, non_blocking=True), args, rng, "explore"
-            )
-        actions = actions.cpu().numpy()
-        global_step += args.num_envs
-
-        # learn from what is stored so far, while GPU or processes overlap it with the simulators
-        if args.async_envs:
-            envs.step_async(actions)
-        while agent.updates < int(args.utd * (global_step - args.learning_starts) + 1e-9):
-            metrics |= update(agent, buffer.sample(args.batch_size, rng), args, rng)
-        while agent.alpha_updates * args.alpha_interval < global_step - args.learning_starts:
-            update_alpha(agent, args)
-
-        # step and store: where an episode ended, next_obs already belongs to the one after it
-        step = envs.step_wait() if args.async_envs else envs.step(actions)
-        next_obs, rewards, terminations, truncations, infos = step
-        last_obs = next_obs.copy()
-        for i in np.flatnonzero(terminations | truncations):
-            last_obs[i] = infos["final_obs"][i]
-            for chart, key in zip(charts[:2], "rl", strict=True):
-                metrics[chart] = float(infos["final_info"]["episode"][key][i])
-        buffer.add(obs, actions, rewards, last_obs, terminations)
-        obs = next_obs
-
-        # log, evaluate, save
-        last = global_step + args.num_envs > args.total_timesteps
-        wall_time = round(time.perf_counter() - start, 3)
-        row = {"global_step": global_step, "updates": agent.updates, "wall_time": wall_time}
-        bar.update(args.num_envs)
-        logging = last or global_step % args.log_every < args.num_envs
-        evaluating = args.eval_every and (last or global_step % args.eval_every < args.num_envs)
-        saving = last or stop or global_step % (args.checkpoint_every or math.inf) < args.num_envs
-        if logging or evaluating or saving:  # a diverged run must not replace its last checkpoint
-            metrics = {key: float(value) for key, value in metrics.items()}
-            for key, value in (metrics | agent.state_dict()).items():
-                if key[:6] != "charts" and not torch.as_tensor(value).isfinite().all():
-                    raise SystemExit(f"diverged: {key} is NaN or infinite at step {global_step}")
-        if logging and agent.updates:
-            metrics["charts/SPS"] = round(global_step / wall_time, 1)
-            logger.row("metrics", row | metrics, metrics)
-            bar.set_postfix(episodic_return=metrics[charts[0]])
-        for mode in agent.modes if evaluating else ():
-            result = evaluate(agent, eval_envs, args, mode, run_dir / f"videos/{global_step}", stop)
-            if stop:  # a signal does not wait for the evaluation, which is given up
-                break
-            plotted = {f"eval_{mode}/{key}": result[key] for key in ("return_mean", "return_std")}
-            logger.row("evaluations", row | result, plotted)
-            tqdm.write("step {global_step:,}: {mode} {return_mean:.1f}".format(**row, **result))
-        stopping = bool(stop)  # decided once: a signal from here on waits for the next step
-        if saving or stopping:
-            save_run(run_dir, args, agent, buffer, envs, rng, row | {"metrics": metrics})
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    for resource in bar, logger.writer, envs, eval_envs:
-        resource.close()
-    if stopping:
-        print(f"stopped; go on with --resume {run_dir}", file=sys.stderr)
-        raise SystemExit(128 + stop[0])
-    return run_dir
+    # random actions, noise, replay sampling
+    rng = Generator(device).manual_seed(args.seed)
+    stop = StopSignal()
+    run = Run(args, agent, buffer, envs, eval_envs, rng, stop)
+    sizes = f"{obs_dim} observations, {act_dim} actions"
+    print(f"{args.env_id}: {sizes}; writing to {run.dir}")
+    with stop:
+        train(agent, buffer, envs, run, args, rng, run.first_obs)
+    run.close()
+    if run.stopped:
+        print(f"stopped; go on with --resume {run.dir}", file=sys.stderr)
+        raise SystemExit(128 + stop.signum)
+    return run.dir
 
 
 if __name__ == "__main__":
