@@ -2,22 +2,34 @@
 
 The mean velocity u(s, z, t, r) of a flow between two times t <= r jumps from noise (t = 0) to an
 action (r = 1) in one network evaluation. Training generates N = 32 candidates and keeps the one
-the critics like best: it acts, it makes the TD target, and the policy imitates it. The jump is
-learnt from the flow's instantaneous velocity v through the MeanFlow identity; the instantaneous
-velocity constraint (IVC) pins u to v at its boundary t = r. The method comes first.
-Below, e ~ N(0, I), z_t = (1 - t) e + t a*, v = a* - e, Q is a mean of two, and Q' its slow copy.
+that the critics rank highest: it acts, it makes the TD target, and the policy imitates it. The
+MeanFlow identity teaches u from the flow's instantaneous velocity v; the instantaneous velocity
+constraint (IVC) pins u to v at the boundary t = r. Below, e ~ N(0, I), z_t = (1 - t) e + t a*,
+v = a* - e, Q is the mean of two critics, and Q' that of the target critics.
 
-    generate        a = e + u(s, e, 0, 1)
-    select_action   a* = argmax over N candidates a_i of Q(s, a_i)
-    critic_loss     y = reward + gamma (1 - terminated) Q'(s', a*),  (Q_j(s, a) - y)^2
-    policy_loss     || u(s', z_t, t, r) - sg(v + (r - t) du/dt) ||^2
-                    + lambda || u(s', z_t, t, t) - v ||^2
+    generate       a = e + u(s, e, 0, 1)
+    select_action  a* = argmax over N candidates a_i of Q(s, a_i)
+    critic_loss    y = r + gamma (1 - terminated) Q'(s', a*),  (Q_j(s, a) - y)^2
+    policy_loss    || u(s', z_t, t, r) - sg(v + (r - t) du/dt) ||^2
+                   + lambda || u(s', z_t, t, t) - v ||^2
 
     python mvp_online.py --env-id Ant-v4
     python mvp_online.py --evaluate runs/<run>/policy.pt --eval-episodes 10
 
+Four parts: 1 METHOD, 2 TRAINING, 3 PLUMBING, 4 SPEED. Who stops after the second has read the
+algorithm end to end, from env.step to the optimizers.
+
 Paper: Mean Velocity Policy, arXiv:2602.13810; no code is public. Critics: Q-chunking's.
 """
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0", "numpy==2.4.6", "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0",
+#     "dm-control==1.0.50", "shimmy==2.0.1", "tyro==1.0.17", "tensorboard==2.21.0",
+#     "wandb==0.31.0", "tqdm==4.70.1", "imageio-ffmpeg==0.8.1", "moviepy==2.2.1",
+# ]
+# ///
 
 import copy
 import difflib
@@ -28,15 +40,12 @@ import signal
 import subprocess
 import sys
 import time
-import timeit
 import warnings
-from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib import metadata
-from itertools import pairwise
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -68,9 +77,10 @@ class Args:
     wandb_entity: str | None = None  # team on Weights & Biases
     resume: str | None = None  # checkpoint.pt or a run directory to go on with
     evaluate: str | None = None  # policy.pt to replay with one step per action, without training
+
     # --- algorithm: defaults are the published networks, and our setting for learning from scratch
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate of the slow copies of the critics
+    tau: float = 0.005  # rate of the moving averages (target critics)
     batch_size: int = 256  # transitions per update, B
     buffer_size: int = 1_000_000  # transitions the replay buffer holds
     learning_starts: int = 5_000  # environment steps with random actions before learning
@@ -86,6 +96,7 @@ class Args:
     policy_lr: float = 3e-4  # Adam step size of the policy
     hidden_dim: int = 512  # width of the hidden layers of every network
     hidden_layers: int = 4  # their number
+
     # --- speed: how it is computed ---
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, mps
     compile: bool = True  # compile, and on CUDA capture, an update; the first ones take a minute
@@ -94,28 +105,48 @@ class Args:
     async_envs: bool = False  # one process per environment (pays off for slow simulators)
 
 
-# ---------------------------------------------------------------------------- networks
-class MLP(nn.Sequential):
-    """Linear layers with GELU between, then LayerNorm if asked for; Glorot-uniform weights."""
+# ============ 1 METHOD: networks, acting, learning
+def linear(in_dim: int, out_dim: int, fan_in: int, bias: bool = True) -> nn.Linear:
+    """A linear layer with Glorot-uniform weights: U(-b, b) with b^2 = 6 / (fan_in + out_dim)."""
+    layer = nn.Linear(in_dim, out_dim, bias=bias)
+    bound = math.sqrt(6 / (fan_in + out_dim))
+    nn.init.uniform_(layer.weight, -bound, bound)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
 
-    def __init__(self, *sizes: int, layer_norm: bool = False):
-        modules = []
-        for fan_in, fan_out in pairwise(sizes):
-            linear = nn.Linear(fan_in, fan_out)
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
-            modules += [linear, nn.GELU("tanh"), *[nn.LayerNorm(fan_out, 1e-6)] * layer_norm]
-        super().__init__(*modules[: -1 - layer_norm])  # the last layer is linear alone
+
+class FirstLayer(nn.Module):
+    """A linear layer on concatenated inputs: a sum of one linear map per input."""
+
+    def __init__(self, *input_dims: int, out_dim: int):
+        super().__init__()
+        last = len(input_dims) - 1  # one bias is enough
+        self.parts = nn.ModuleList(
+            linear(dim, out_dim, fan_in=sum(input_dims), bias=i == last)
+            for i, dim in enumerate(input_dims)
+        )
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Of cat(inputs, -1), by parts: what all candidates share is multiplied only once."""
-        (first, *layers), linear = self, nn.functional.linear
-        weights = first.weight.split([x.shape[-1] for x in inputs], 1)
-        (x, w), *rest = sorted(zip(inputs, weights, strict=True), key=lambda part: part[0].numel())
-        x = sum((linear(*part) for part in rest), start=linear(x, w, first.bias))
-        for layer in layers:
-            x = layer(x)
-        return x
+        return sum(part(x) for part, x in zip(self.parts, inputs, strict=True))
+
+
+class MLP(nn.Module):
+    """Linear layers with GELU between, and LayerNorm after every GELU if norm is true."""
+
+    def __init__(self, input_dims: tuple, hidden_dim: int, out_dim: int, layers=4, norm=False):
+        super().__init__()
+        self.first = FirstLayer(*input_dims, out_dim=hidden_dim)
+        rest = []
+        for dim in [hidden_dim] * (layers - 1) + [out_dim]:
+            rest.append(nn.GELU("tanh"))
+            if norm:
+                rest.append(nn.LayerNorm(hidden_dim, eps=1e-6))
+            rest.append(linear(hidden_dim, dim, fan_in=hidden_dim))
+        self.rest = nn.Sequential(*rest)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.rest(self.first(*inputs))
 
 
 class MeanVelocityField(nn.Module):
@@ -124,11 +155,19 @@ class MeanVelocityField(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int = 512, hidden_layers: int = 4):
         super().__init__()
         self.act_dim = act_dim
-        self.net = MLP(obs_dim + act_dim + 2, *[hidden_dim] * hidden_layers, act_dim)
+        self.net = MLP((obs_dim, 1, 1, act_dim), hidden_dim, act_dim, hidden_layers)
 
     def forward(self, obs: Tensor, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
         """obs (B, obs_dim), z (..., B, act_dim), t and r (1,) or (B, 1) -> velocity like z."""
-        return self.net(obs, z, t, r)
+        # z comes last: it alone has all candidates, and what is summed before it stays small
+        return self.net(obs, t, r, z)
+
+
+class QNetwork(MLP):
+    """Q(s, a): obs (B, obs_dim), actions (..., B, act_dim) -> (..., B)."""
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        return super().forward(obs, actions).squeeze(-1)
 
 
 class TwinCritic(nn.Module):
@@ -136,77 +175,100 @@ class TwinCritic(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int = 512, hidden_layers: int = 4):
         super().__init__()
-        sizes = obs_dim + act_dim, *[hidden_dim] * hidden_layers, 1
-        self.q1, self.q2 = MLP(*sizes, layer_norm=True), MLP(*sizes, layer_norm=True)
+        self.q1 = QNetwork((obs_dim, act_dim), hidden_dim, 1, hidden_layers, norm=True)
+        self.q2 = QNetwork((obs_dim, act_dim), hidden_dim, 1, hidden_layers, norm=True)
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         """obs (B, obs_dim), actions (..., B, act_dim) -> Q (2, ..., B)."""
-        return torch.stack([self.q1(obs, actions), self.q2(obs, actions)]).squeeze(-1)
+        return torch.stack([self.q1(obs, actions), self.q2(obs, actions)])
 
 
 class Agent(nn.Module):
-    """All that learns: networks, the critics' slow copies, optimizers."""
+    """All that learns: networks, optimizers."""
+
+    counters = ("updates",)  # attributes that a checkpoint keeps
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args, device: torch.device):
         super().__init__()
-        size = obs_dim, act_dim, args.hidden_dim, args.hidden_layers
-        self.policy, self.critic = MeanVelocityField(*size), TwinCritic(*size)
-        self.target_policy = self.policy  # no slow copy: what learns is also what acts
+        sizes = (args.hidden_dim, args.hidden_layers)
+        self.policy = MeanVelocityField(obs_dim, act_dim, *sizes)
+        self.critic = TwinCritic(obs_dim, act_dim, *sizes)
+        self.acting_policy = self.policy  # no moving average: what learns is also what acts
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.to(device)
-        self.device, self.updates = device, 0
-        warnings.filterwarnings(
-            "ignore", ".*(capturable=True|float32_matmul_precision).*"
-        )  # the first steps are not captured
+        self.device = device
+        self.updates = 0
+
         adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
         self.optimizers = {
             "critic": adam(self.critic.parameters(), args.critic_lr),
             "policy": adam(self.policy.parameters(), args.policy_lr),
         }
-        self.modes = {"one_step": (1, 1), "best_of_n": (args.flow_steps, args.num_candidates)}
-        self.act, self.learn, self.policy_loss = act, learn, policy_loss  # accelerate's handles
 
 
 # ---------------------------------------------------------------------------- acting
 def generate(policy: nn.Module, obs: Tensor, z: Tensor, flow_steps: int) -> Tensor:
-    """T jumps z_r = z_t + (r - t) u(s, z_t, t, r) from noise at t = 0 to an action at t = 1.
+    """T jumps z_r = z_t + (r - t) u(s, z_t, t, r) from noise at t = 0 to an action at r = 1.
 
     obs (B, obs_dim), noise z = z_0 (..., B, act_dim) -> unclipped actions z_1 like it.
     """
     for k in range(flow_steps):
-        t, r = (torch.full((1,), i / flow_steps, device=z.device) for i in (k, k + 1))
+        t = torch.full((1,), k / flow_steps, device=z.device)
+        r = torch.full((1,), (k + 1) / flow_steps, device=z.device)
         z = z + policy(obs, z, t, r) / flow_steps
     return z
 
 
 def propose(policy: nn.Module, obs: Tensor, std: float, args: Args, rng: Generator) -> Tensor:
-    """N candidates per state, exploration noise of that std on each, clipped: (N, B, act_dim)."""
+    """N candidates per state plus exploration noise with this std, clipped: (N, B, act_dim)."""
     shape = (2, args.num_candidates, len(obs), policy.act_dim)
     noise, exploration = torch.randn(shape, generator=rng, device=obs.device)
     actions = generate(policy, obs, args.prior_std * noise, args.flow_steps) + std * exploration
     return actions.clamp(-1, 1)  # before ranking: the critics know no action outside the box
 
 
-def select_action(critic: TwinCritic, obs: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Best of N: argmax_i mean(Q_1, Q_2)(s, a_i), one rule for acting, TD and imitation.
+def take(candidates: Tensor, index: Tensor) -> Tensor:
+    """candidates (N, B, act_dim), index (B,) -> clipped actions (B, act_dim)."""
+    return candidates.take_along_dim(index[None, :, None], 0).squeeze(0).clamp(-1, 1)
+
+
+def select_action(critic: nn.Module, obs: Tensor, candidates: Tensor) -> tuple:
+    """Best of N: argmax_i mean(Q_1, Q_2)(s, a_i), to act, for TD and to imitate.
 
     obs (B, obs_dim), candidates (N, B, act_dim) -> actions (B, act_dim), scores (N, B).
     """
     scores = critic(obs, candidates).mean(0)  # (N, B)
-    return candidates.take_along_dim(scores.argmax(0)[None, :, None], 0)[0], scores
+    return take(candidates, scores.argmax(0)), scores
 
 
 @torch.no_grad()
-def act(agent: Agent, obs: Tensor, args: Args, rng: Generator, mode: str) -> Tensor:
-    """Actions of the policy, obs (B, obs_dim) -> (B, act_dim). one_step: one candidate from one
-    step, no critic; best_of_n: the best of N; explore: the same with exploration noise.
-    """
-    if mode == "one_step":
-        noise = torch.randn((len(obs), agent.policy.act_dim), generator=rng, device=obs.device)
-        return generate(agent.target_policy, obs, args.prior_std * noise, 1).clamp(-1, 1)
-    std = args.noise_scale * (mode == "explore")
-    candidates = propose(agent.target_policy, obs, std, args, rng)
+def act_one_step(agent: Agent, obs: Tensor, args: Args, rng: Generator) -> Tensor:
+    """As deployed: one candidate, one step, no critic; -> actions (B, act_dim)."""
+    noise = torch.randn((len(obs), agent.policy.act_dim), generator=rng, device=obs.device)
+    return generate(agent.acting_policy, obs, args.prior_std * noise, 1).clamp(-1, 1)
+
+
+@torch.no_grad()
+def act_best_of_n(agent: Agent, obs: Tensor, args: Args, rng: Generator) -> Tensor:
+    """The same rule as in training, without exploration noise."""
+    candidates = propose(agent.acting_policy, obs, 0.0, args, rng)
     return select_action(agent.critic, obs, candidates)[0]
+
+
+@torch.no_grad()
+def act_explore(agent: Agent, obs: Tensor, args: Args, rng: Generator) -> Tensor:
+    """Best of N, with exploration noise on every candidate."""
+    candidates = propose(agent.acting_policy, obs, args.noise_scale, args, rng)
+    return select_action(agent.critic, obs, candidates)[0]
+
+
+MODES = {"one_step": act_one_step, "best_of_n": act_best_of_n}  # of evaluation
+DEPLOYED = "one_step"
+
+
+def cost_of(mode: str, args: Args) -> tuple[int, int]:
+    """Network evaluations per candidate (NFE), and candidates per action."""
+    return (1, 1) if mode == "one_step" else (args.flow_steps, args.num_candidates)
 
 
 # ---------------------------------------------------------------------------- learning
@@ -216,9 +278,17 @@ def critic_loss(
     """Mean-Q regression: the loss and Q (2, B); only termination stops bootstrapping."""
     with torch.no_grad():
         next_q = target_critic(batch["next_obs"], next_actions).mean(0)  # (B,)
-        y = args.reward_scale * batch["rewards"] + args.gamma * (1 - batch["terminations"]) * next_q
+        bootstrap = args.gamma * (1 - batch["terminations"])
+        y = args.reward_scale * batch["rewards"] + bootstrap * next_q
     q = critic(batch["obs"], batch["actions"])  # (2, B)
     return (q - y).square().mean(1).sum(), q.detach()
+
+
+def imitation_targets(batch: dict, next_actions: Tensor, args: Args) -> tuple[Tensor, Tensor]:
+    """States (B, obs_dim) and the actions (B, act_dim) that the policy imitates there."""
+    if args.imitation_target == "replay":
+        return batch["obs"], batch["actions"]
+    return batch["next_obs"], next_actions  # one generation at s' serves both losses
 
 
 def policy_loss(
@@ -228,55 +298,188 @@ def policy_loss(
 
     obs (B, obs_dim), actions a* and noise e ~ N(0, I) (B, act_dim), t <= r (B, 1) -> two means.
     """
-    z_t, v = (1 - t) * noise + t * actions, actions - noise
-    tangents = v, torch.ones_like(t), torch.zeros_like(r)  # along the path, while r stays
+    z_t = (1 - t) * noise + t * actions
+    v = actions - noise
+    # dz/dt = v, dt/dt = 1, dr/dt = 0: along the path of the flow, while r stays
+    tangents = (v, torch.ones_like(t), torch.zeros_like(r))
     u, du_dt = torch.func.jvp(partial(policy, obs), (z_t, t, r), tangents)
     target = (v + (r - t) * du_dt).detach()
-    return (u - target).square().mean(), (policy(obs, z_t, t, t) - v).square().mean()
+    boundary = policy(obs, z_t, t, t)
+    return (u - target).square().mean(), (boundary - v).square().mean()
 
 
-def learn(agent: Agent, batch: dict, args: Args, rng: Generator, key: str) -> dict:
-    """All of an update but its count, so that a CUDA graph, found by key, may stand in for it."""
-    next_obs = batch["next_obs"]
-    # one generation at s' serves both losses: the TD action is also what the policy imitates
-    autocast = torch.autocast(next_obs.device.type, torch.bfloat16, args.precision == "bfloat16")
+def move_towards(slow: nn.Module, fast: nn.Module, tau: float) -> None:
+    """Exponential moving average: slow <- (1 - tau) slow + tau fast."""
     with torch.no_grad():
-        with autocast:  # generating only: ranking needs Q to more than bfloat16's three digits
-            candidates = propose(agent.policy, next_obs, args.noise_scale, args, rng)
-        next_actions, scores = select_action(agent.critic, next_obs, candidates)
+        torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), tau)
 
+
+def update_critic(agent: Agent, batch: dict, next_actions: Tensor, args: Args) -> dict:
+    """Adam step of the critics."""
     loss, q = critic_loss(agent.critic, agent.target_critic, batch, next_actions, args)
     agent.optimizers["critic"].zero_grad()
     loss.backward()
     agent.optimizers["critic"].step()
+    return {"losses/critic_loss": loss.detach(), "losses/q_values": q.mean()}
 
-    metrics = {"losses/critic_loss": loss.detach(), "losses/q_values": q.mean()}
-    gain, spread = scores.amax(0) - scores.mean(0), candidates.std(0, correction=0)
-    metrics |= {"policy/best_of_n_gain": gain.mean(), "policy/candidate_spread": spread.mean()}
 
-    obs, actions = next_obs, next_actions
-    if args.imitation_target == "replay":
-        obs, actions = batch["obs"], batch["actions"]
+def update_policy(
+    agent: Agent, obs: Tensor, actions: Tensor, args: Args, rng: Generator, loss=None
+) -> dict:
+    """Adam step towards actions (B, act_dim); loss: policy_loss, compiled."""
     t, r = torch.rand((2, len(obs), 1), generator=rng, device=obs.device).sort(0).values
     noise = torch.randn(actions.shape, generator=rng, device=obs.device)
-    meanflow, constraint = agent.policy_loss(agent.policy, obs, actions, noise, t, r)
+    loss = loss or policy_loss
+    meanflow, constraint = loss(agent.policy, obs, actions, noise, t, r)
     agent.optimizers["policy"].zero_grad()
     (meanflow + args.ivc_coef * constraint).backward()
     agent.optimizers["policy"].step()
-    metrics |= {"losses/policy_loss": meanflow.detach(), "losses/ivc_loss": constraint.detach()}
+    return {"losses/policy_loss": meanflow.detach(), "losses/ivc_loss": constraint.detach()}
 
-    slow, fast = agent.target_critic.parameters(), agent.critic.parameters()
-    torch._foreach_lerp_(list(slow), [p.data for p in fast], args.tau)
+
+def update(
+    agent: Agent, batch: dict, args: Args, rng: Generator, _improve_policy: bool = True, loss=None
+) -> dict[str, Tensor]:
+    """One gradient update from a batch of (B, ...) tensors; returns scalars for the log.
+
+    No counter and no learning rate of Python's is read, so that a CUDA graph can record it whole.
+    """
+    next_obs = batch["next_obs"]
+    with torch.no_grad():
+        # bfloat16 is for generating only: ranking needs Q to more than its three digits
+        with torch.autocast(next_obs.device.type, torch.bfloat16, args.precision == "bfloat16"):
+            candidates = propose(agent.policy, next_obs, args.noise_scale, args, rng)
+        next_actions, scores = select_action(agent.critic, next_obs, candidates)
+    metrics = update_critic(agent, batch, next_actions, args)
+    metrics["policy/best_of_n_gain"] = (scores.amax(0) - scores.mean(0)).mean()
+    metrics["policy/candidate_spread"] = candidates.std(0, correction=0).mean()
+
+    obs, actions = imitation_targets(batch, next_actions, args)
+    metrics |= update_policy(agent, obs, actions, args, rng, loss)
+    move_towards(agent.target_critic, agent.critic, args.tau)
     return metrics
 
 
-def update(agent: Agent, batch: dict, args: Args, rng: Generator) -> dict[str, Tensor]:
-    """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
-    agent.updates += 1
-    return agent.learn(agent, batch, args, rng, "update")
+def prepare_update(_agent: Agent, _args: Args) -> bool:
+    """Say whether the update at hand improves the policy: every one does."""
+    return True
 
 
-# -------------------------------------------------- plumbing, the same text in every script
+def follow_steps(_agent: Agent, _args: Args, _global_step: int) -> None:
+    """What environment steps drive, not updates: nothing."""
+
+
+# ============ 2 TRAINING: buffer, evaluation, the loop; the same in every script
+class ReplayBuffer:
+    """Ring buffer of transitions, on the device that learns from it."""
+
+    def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
+        self.shapes = {"obs": (obs_dim,), "actions": (act_dim,), "rewards": ()}
+        self.shapes |= {"next_obs": (obs_dim,), "terminations": ()}
+        width = sum(math.prod(shape) for shape in self.shapes.values())
+        self.rows = torch.empty((capacity, width), device=device)  # a transition each
+        self.data = self.columns(self.rows)
+        self.position = 0
+        self.size = 0
+
+    def columns(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows (..., width) as named views (..., *shape)."""
+        parts = rows.split([math.prod(shape) for shape in self.shapes.values()], -1)
+        return {
+            name: part.view(*rows.shape[:-1], *self.shapes[name])
+            for name, part in zip(self.shapes, parts, strict=True)
+        }
+
+    def add(self, **transitions: np.ndarray) -> None:
+        """Store a transition per env: arrays (num_envs, ...) by column name."""
+        n, device = len(transitions["obs"]), self.rows.device
+        columns = [np.reshape(transitions[name], (n, -1)) for name in self.shapes]
+        rows = np.concatenate(columns, 1, dtype=np.float32)
+        index = (self.position + torch.arange(n, device=device)) % len(self.rows)
+        # one transfer; pageable memory has been read when the call returns
+        self.rows[index] = torch.from_numpy(rows).to(device, non_blocking=True)
+        self.position = (self.position + n) % len(self.rows)
+        self.size = min(self.size + n, len(self.rows))
+
+    def sample(self, batch_size: int, rng: Generator) -> dict[str, Tensor]:
+        """Uniformly, with replacement: tensors (batch_size, ...)."""
+        index = torch.randint(self.size, (batch_size,), generator=rng, device=rng.device)
+        return self.columns(self.rows[index])
+
+
+def evaluate(act: Callable, agent: Agent, envs, args: Args, frames=None, stop=()):
+    """An episode per env: returns and successes (NaN: unknown), (num_envs,)."""
+    rng = Generator(agent.device).manual_seed(args.seed)  # all evaluations start alike
+    seed = 2 * args.seed + 1  # odd: training has the even seeds
+    obs, _ = envs.reset(seed=[seed] * envs.num_envs)
+    running = np.full(envs.num_envs, True)
+    returns = np.zeros(envs.num_envs)
+    successes = np.full(envs.num_envs, np.nan)
+    while running.any() and not stop:
+        if frames is not None and running[0]:
+            frames.append(envs.envs[0].render())
+        actions = act(agent, torch.as_tensor(obs, device=agent.device), args, rng)
+        obs, _, terminations, truncations, infos = envs.step(actions.cpu().numpy())
+        for i in np.flatnonzero((terminations | truncations) & running):
+            running[i] = False
+            final = infos["final_info"]
+            returns[i] = final["episode"]["r"][i]
+            for name in "is_success", "success":
+                if name in final:
+                    successes[i] = final[name][i]
+    return returns, successes
+
+
+def updates_due(args: Args, global_step: int) -> int:
+    """Gradient updates that belong to this many environment steps."""
+    # 0.2 * 5 must give 1, however it rounds
+    return int(args.utd * (global_step - args.learning_starts) + 1e-9)
+
+
+def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng, obs) -> None:
+    """Act, learn, step, store; obs (num_envs, obs_dim) is where the envs are."""
+    explore, improve = act_explore, update
+    if args.compile:
+        explore, improve = accelerate(agent, explore, improve, args)  # the same, faster
+    while not run.finished():
+        # act: uniformly at random at first, then with exploration noise
+        if run.global_step < args.learning_starts:
+            shape = envs.action_space.shape
+            actions = 2 * torch.rand(shape, generator=rng, device=rng.device) - 1
+        else:
+            states = torch.as_tensor(obs).to(agent.device, non_blocking=True)
+            actions = explore(agent, states, args, rng)
+        actions = actions.cpu().numpy()
+        run.global_step += args.num_envs
+        if args.async_envs:
+            envs.step_async(actions)
+
+        # learn from what is stored so far; GPU or processes overlap it with the simulators
+        while agent.updates < updates_due(args, run.global_step):
+            improve_policy = prepare_update(agent, args)
+            batch = buffer.sample(args.batch_size, rng)
+            run.metrics |= improve(agent, batch, args, rng, improve_policy)
+            agent.updates += 1
+        follow_steps(agent, args, run.global_step)
+
+        # step: where an episode ended, next_obs already belongs to the one after it
+        transition = envs.step_wait() if args.async_envs else envs.step(actions)
+        next_obs, rewards, terminations, truncations, infos = transition
+        last_obs = next_obs.copy()
+        for i in np.flatnonzero(terminations | truncations):
+            last_obs[i] = infos["final_obs"][i]
+            episode = infos["final_info"]["episode"]
+            run.metrics["charts/episodic_return"] = float(episode["r"][i])
+            run.metrics["charts/episodic_length"] = float(episode["l"][i])
+
+        # store
+        outcome = {"rewards": rewards, "next_obs": last_obs, "terminations": terminations}
+        buffer.add(obs=obs, actions=actions, **outcome)
+        obs = next_obs
+        run.after_step()  # log, evaluate, save
+
+
+# ============ 3 PLUMBING: environments, files, arguments; the same in every script
 def fail(message: str) -> NoReturn:
     """Refuse bad input: one line on stderr, exit status 2."""
     print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
@@ -284,26 +487,30 @@ def fail(message: str) -> NoReturn:
 
 
 class SeededEpisodes(gym.Wrapper):
-    """Seed every episode anew: its seed and actions rebuild it exactly, as no saved state can."""
+    """Seed every episode: its seed and actions rebuild it exactly, as no state can."""
 
     def __init__(self, env: gym.Env, index: int):
         super().__init__(env)
-        self.index, self.episode = index, {"seed": 0, "count": 0, "actions": []}
+        self.index = index
+        self.episode = {"seed": 0, "count": 0, "actions": []}
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
+    def reset(self, *, seed=None, options=None):
         if seed is not None:
             self.episode |= {"seed": seed, "count": 0}
         self.episode |= {"count": self.episode["count"] + 1, "actions": []}
-        key = self.episode["seed"], self.index, self.episode["count"]
+        key = (self.episode["seed"], self.index, self.episode["count"])
         seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-        return self.env.reset(seed=seed, options=options)
+        return self.env.reset(seed=seed, options=options)[0], {}
 
     def step(self, action: np.ndarray):
         self.episode["actions"].append(action.copy())
-        return self.env.step(action)
+        *transition, info = self.env.step(action)
+        # what nobody reads would cost a vector env a tenth of a step
+        read = {"episode", "success", "is_success"} & info.keys()
+        return *transition, {name: info[name] for name in read}
 
     def restore(self, episodes: list[dict]) -> np.ndarray:
-        """Play back this env's entry of episodes (one per env) and return the last observation."""
+        """Play back this env's entry of episodes; returns the last observation."""
         saved = episodes[self.index]
         self.episode = saved | {"count": saved["count"] - 1}
         obs, _ = self.reset()
@@ -313,299 +520,354 @@ class SeededEpisodes(gym.Wrapper):
 
 
 def make_env(env_id: str, index: int = 0, film: bool = False) -> gym.Env:
-    """Flat float32 observations, actions in [-1, 1]; what cannot be trained on is refused."""
-    # papers report the outdated v4; float32 is what the networks want, infinite bounds included
-    warnings.filterwarnings("ignore", ".*(is out of date|precision lowered|overflow encountered).*")
-    if torch.multiprocessing.parent_process():  # a worker: Ctrl-C is for the run, which saves
+    """Flat float32 observations, actions in [-1, 1]; other envs are refused."""
+    # papers report the outdated v4; float32 is what the networks want
+    harmless = "is out of date|precision lowered|overflow encountered"
+    warnings.filterwarnings("ignore", f".*({harmless}).*")
+    if torch.multiprocessing.parent_process():  # Ctrl-C is for the run
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    mujoco = metadata.version("mujoco")
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "disable")  # else dm_control warns: there is no screen
+        os.environ.setdefault("MUJOCO_GL", "disable")  # else dm_control warns
+    mujoco = metadata.version("mujoco")
     if env_id.startswith("dm_control/"):
         if int(mujoco.split(".")[0]) >= 4:
             fail(f"{env_id} needs mujoco below 4, not {mujoco}: pip install 'mujoco>=3.17,<4'")
         import shimmy  # noqa: F401  registers the ids, in every worker process too
+    render = {"render_mode": "rgb_array"} if film else {}
     try:
-        env = gym.make(env_id, **({"render_mode": "rgb_array"} if film else {}))
+        env = gym.make(env_id, **render)
     except (gym.error.Error, ImportError) as error:
-        near = ", ".join(difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4))
-        fail(f"cannot make {env_id!r} (mujoco {mujoco}): {error} Registered ids near it: {near}")
-    if film and hasattr(env.unwrapped, "mujoco_renderer") and env.unwrapped.model.ncam:
-        env.unwrapped.mujoco_renderer.camera_id = 0  # follow: the default one stays where it is
-    space, actions, Box = env.observation_space, env.action_space, gym.spaces.Box
+        near = difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4)
+        known = f"Registered ids near it: {', '.join(near)}"
+        fail(f"cannot make {env_id!r} (mujoco {mujoco}): {error} {known}")
+    raw = env.unwrapped
+    if film and hasattr(raw, "mujoco_renderer") and raw.model.ncam:
+        raw.mujoco_renderer.camera_id = 0  # it follows
+
+    Box = gym.spaces.Box
+    space = env.action_space
+    if not (isinstance(space, Box) and space.is_bounded() and len(space.shape) == 1):
+        fail(f"{env_id} has actions {space}; only bounded vectors of numbers (Box) will do")
+    space = env.observation_space
     leaves = space.values() if isinstance(space, gym.spaces.Dict) else [space]
-    if not (isinstance(actions, Box) and actions.is_bounded() and len(actions.shape) == 1):
-        fail(f"{env_id} has actions {actions}; only bounded vectors of numbers (Box) will do")
     if not all(isinstance(leaf, Box) and leaf.dtype.kind == "f" for leaf in leaves):
-        fail(f"{env_id} has observations {space}; only vectors of numbers will do, images will not")
-    env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
+        reason = "only vectors of numbers will do, images will not"
+        fail(f"{env_id} has observations {space}; {reason}")
+    env = gym.wrappers.FlattenObservation(env)
+    env = gym.wrappers.DtypeObservation(env, np.float32)
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     return SeededEpisodes(gym.wrappers.RecordEpisodeStatistics(env), index)
 
 
 def make_envs(env_id: str, n: int, in_processes: bool = False, film: bool = False):
-    """Vector env whose done step already returns the next episode's first observation."""
+    """A vector env whose last step of an episode returns the next one's first obs."""
     makers = [partial(make_env, env_id, i, film and i == 0) for i in range(n)]
     vector = gym.vector.AsyncVectorEnv if in_processes else gym.vector.SyncVectorEnv
     return vector(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
-def choose_opengl() -> None:
-    """Find a renderer that needs no screen, before mujoco's import reads MUJOCO_GL for good."""
-    probe = [sys.executable, "-c", "import mujoco; mujoco.GLContext(8, 8).make_current()"]
-    for backend in "egl", "osmesa", "glfw":
-        os.environ["MUJOCO_GL"] = backend
-        if subprocess.run(probe, capture_output=True).returncode == 0:
-            return
-    fail("--capture-video finds no OpenGL: apt-get install libegl1 libegl-mesa0 (or libosmesa6)")
+def write_video(frames: list, env: gym.Env, file: Path) -> None:
+    """Write one episode of env to <file>-episode-0.mp4."""
+    from gymnasium.utils.save_video import save_video  # slow to import
+
+    dt = getattr(env.unwrapped, "dt", 1 / 30)  # MuJoCo's and dm_control's own clock
+    save_video(frames, file.parent, lambda _: True, name_prefix=file.name, fps=1 / dt)
 
 
-# all that makes an update faster, and nothing else, follows; --no-compile does without
-def in_blocks(network: Callable, dim: int, rows: int) -> Callable:
-    """The network, on a CPU fed with pieces of x (N, B, ...) of that many rows or one candidate."""
-
-    def call(obs: Tensor, x: Tensor, *times: Tensor) -> Tensor:
-        if x.ndim == 2 or x.device.type != "cpu":
-            return network(obs, x, *times)
-        pieces = x.split(max(1, rows // x.shape[1]))
-        return torch.cat([network(obs, piece, *times) for piece in pieces], dim)
-
-    return call
-
-
-class Captured:
-    """function(agent, inputs, args, rng, key) as one CUDA graph per key, a single launch.
-
-    It reads and writes the addresses of its recording: inputs are copied there, outputs hold until
-    the next call. The first three calls are not recorded: they compile, choose kernels, allocate.
-    """
-
-    def __init__(self, function: Callable):
-        self.function, self.calls, self.graphs = function, Counter(), {}
-
-    def __call__(self, agent, inputs, args: Args, rng: Generator, key):
-        self.calls[key] += 1
-        if self.calls[key] <= 3:
-            return self.function(agent, inputs, args, rng, key)
-        if key not in self.graphs:
-            graph, static = torch.cuda.CUDAGraph(), copy.deepcopy(inputs)
-            graph.register_generator_state(rng)  # each replay draws on where the last one stopped
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                self.graphs[key] = graph, static, self.function(agent, static, args, rng, key)
-        graph, static, outputs = self.graphs[key]
-        for name in inputs if isinstance(inputs, dict) else [...]:  # tensor[...] is all of it
-            static[name].copy_(inputs[name])
-        graph.replay()
-        return outputs
-
-
-def accelerate(agent, args: Args, device: torch.device) -> None:
-    """--compile: compile what an update calls, capture it on CUDA, or say in a line why not."""
-    try:
-        torch.compile(torch.exp)(torch.ones(1, device=device))
-    except Exception as error:  # no C++ compiler or Triton; torch has many ways to say so
-        print(f"going on without --compile: {str(error).splitlines()[0]}", file=sys.stderr)
-        return
-    # one layer's float32 activations then fill a megabyte per thread, a usual cache
-    rows = torch.get_num_threads() * 2**20 // 4 // args.hidden_dim
-    for network, dim in (agent.policy, 0), (agent.critic, 1), (agent.target_critic, 1):
-        network.forward = in_blocks(torch.compile(network.forward, dynamic=False), dim, rows)
-    agent.policy_loss = torch.compile(agent.policy_loss, dynamic=False)
+def describe_machine(device: torch.device) -> dict:
+    """Versions, commit and hardware."""
+    versions = {"python": sys.version.split()[0]}
+    for package in "torch", "gymnasium", "mujoco", "dm-control", "numpy":
+        if find_spec(package.replace("-", "_")):  # dm-control may be missing
+            versions[package] = metadata.version(package)
+    git = "git describe --always --dirty --abbrev=40"
+    how = {"shell": True, "capture_output": True, "text": True}
+    commit = subprocess.run(git, cwd=Path(__file__).parent, **how)
+    name = sys.platform
+    cpuinfo = Path("/proc/cpuinfo")
     if device.type == "cuda":
-        agent.act, agent.learn = Captured(agent.act), Captured(agent.learn)
-        torch.cuda.synchronize(device)
-        torch.cuda.set_stream(torch.cuda.Stream(device))  # the default one cannot be captured
+        name = torch.cuda.get_device_name(device)
+    elif cpuinfo.exists() and "model name\t: " in cpuinfo.read_text():
+        name = cpuinfo.read_text().split("model name\t: ")[1].splitlines()[0]
+    versions |= {"commit": commit.stdout.strip(), "device": name}
+    return versions | {"threads": torch.get_num_threads()}
 
 
-@torch.no_grad()
-def for_one_step(policy: MeanVelocityField) -> MeanVelocityField:
-    """A copy that is u(s, z, 0, 1) at any times, somewhat faster: a bias holds the two times."""
-    folded = copy.deepcopy(policy)
-    first, *layers = folded.net
-    w, w_t = first.weight.split([first.in_features - 2, 2], 1)
-    first.bias += w_t @ torch.tensor([0.0, 1.0], device=w.device)
-    first.weight, plain = nn.Parameter(w.contiguous()), nn.Sequential(first, *layers)
-    folded.forward = lambda obs, z, t, r: plain(torch.cat([obs.expand(*z.shape[:-1], -1), z], -1))
-    return folded
+def make_run_dir(args: Args, device: torch.device) -> Path:
+    """Make runs/<env>__<exp>__<seed>__<time>; mkdir fails rather than share one."""
+    now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
+    run_dir = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
+    run_dir.mkdir(parents=True)
+    write_json(run_dir / "versions.json", describe_machine(device))
+    return run_dir
 
 
-class ReplayBuffer:
-    """Ring buffer of transitions, on the device that learns from it."""
-
-    def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
-        dims = {"obs": (obs_dim,), "actions": (act_dim,), "rewards": (), "next_obs": (obs_dim,)}
-        dims["terminations"] = ()
-        self.dims = dims
-        self.rows = torch.empty((capacity, sum(map(math.prod, dims.values()))), device=device)
-        self.data = self.columns(self.rows)
-        self.capacity, self.device, self.position, self.size = capacity, device, 0, 0
-
-    def columns(self, rows: Tensor) -> dict[str, Tensor]:
-        """Rows (..., width) as named views (..., *dims)."""
-        parts = rows.split([math.prod(dim) for dim in self.dims.values()], -1)
-        shapes = zip(self.dims.items(), parts, strict=True)
-        return {key: part.view(*rows.shape[:-1], *dim) for (key, dim), part in shapes}
-
-    def add(self, *transitions: np.ndarray) -> None:
-        """Store one transition per env, arrays (num_envs, ...) in the order of self.data."""
-        n = len(transitions[0])
-        rows = np.concatenate([np.reshape(x, (n, -1)) for x in transitions], 1, dtype=np.float32)
-        index = (self.position + torch.arange(n, device=self.device)) % self.capacity
-        # one transfer; from pageable memory it has left the array when the call returns
-        self.rows[index] = torch.from_numpy(rows).to(self.device, non_blocking=True)
-        self.position = (self.position + n) % self.capacity
-        self.size = min(self.size + n, self.capacity)
-
-    def sample(self, batch_size: int, rng: Generator) -> dict[str, Tensor]:
-        """Uniformly, with replacement: tensors (batch_size, ...)."""
-        index = torch.randint(self.size, (batch_size,), generator=rng, device=self.device)
-        return self.columns(self.rows[index])
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def evaluate(agent: Agent, envs, args: Args, mode: str, film: Path, stop=()) -> dict:
-    """One episode per env, side by side: a row for evaluations.csv; films the first mode."""
-    rng = Generator(agent.device).manual_seed(args.seed)  # all evaluations start alike
-    obs, _ = envs.reset(seed=[2 * args.seed + 1] * envs.num_envs)  # training has the even seeds
-    running, frames = np.full(envs.num_envs, True), []
-    returns, success = np.zeros(envs.num_envs), np.full(envs.num_envs, np.nan)
-    while running.any() and not stop:
-        if args.capture_video and mode == next(iter(agent.modes)) and running[0]:
-            frames.append(envs.envs[0].render())
-        actions = act(agent, torch.as_tensor(obs, device=rng.device), args, rng, mode)
-        obs, _, terminations, truncations, infos = envs.step(actions.cpu().numpy())
-        for i in np.flatnonzero((terminations | truncations) & running):
-            final, running[i] = infos["final_info"], False
-            returns[i] = final["episode"]["r"][i]
-            success[i] = final.get("success", final.get("is_success", success))[i]
-    if frames:
-        from gymnasium.utils.save_video import save_video  # slow to import
-
-        dt = getattr(envs.envs[0].unwrapped, "dt", 1 / 30)  # MuJoCo's and dm_control's own clock
-        save_video(frames, film.parent, lambda _: True, name_prefix=film.name, fps=1 / dt)
-    row = {"mode": mode, "nfe": agent.modes[mode][0], "num_candidates": agent.modes[mode][1]}
-    row |= {"return_mean": returns.mean(), "return_std": returns.std()}
-    return row | {"success_rate": success.mean(), "returns": " ".join(f"{x:.4f}" for x in returns)}
+def cut_csv(path: Path, global_step: int) -> None:
+    """Drop rows beyond global_step, which a resumed run repeats, and one torn off."""
+    header, *rows = path.read_text().splitlines(keepends=True) or [""]
+    size = len(header)
+    for row in rows:
+        if row.endswith("\n") and int(row.split(",")[0]) <= global_step:
+            size += len(row)
+    os.truncate(path, size)
 
 
-class RunLogger:
-    """The run directory: its CSV files and TensorBoard events, which wandb mirrors if asked to."""
+@dataclass
+class Run:
+    """How far a run is, and all that it writes."""
 
-    def __init__(self, args: Args, device: torch.device, run_dir: Path | None, global_step: int):
-        self.run_dir = run_dir or self.create(args, device)
-        (self.run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-        for path in self.run_dir.glob("*.csv"):  # what a resumed run repeats must not stand twice
-            head, *rows = path.read_bytes().splitlines(keepends=True) or [b""]
-            rows = [r for r in rows if r[-1:] == b"\n" and int(r.split(b",")[0]) <= global_step]
-            os.truncate(path, len(head) + sum(map(len, rows)))
+    args: Args
+    agent: Agent
+    buffer: ReplayBuffer
+    envs: gym.vector.VectorEnv
+    eval_envs: gym.vector.VectorEnv
+    rng: Generator
+    stop: "StopSignal"
+
+    def __post_init__(self):
+        args = self.args
+        self.stopped = False
+        self.global_step = 0
+        self.start = time.perf_counter()
+        charts = "charts/episodic_return", "charts/episodic_length", "charts/SPS"
+        self.metrics = dict.fromkeys(charts, math.nan)  # the first columns of metrics.csv
+        if args.resume:
+            file, saved = load(args.resume, "checkpoint.pt")
+            refuse_changes(args, saved, self.rng.device)
+            self.dir = file.parent
+            self.first_obs = self.restore(saved)
+        else:
+            # even: evaluation has the odd seeds
+            self.first_obs, _ = self.envs.reset(seed=[2 * args.seed] * args.num_envs)
+            self.dir = make_run_dir(args, self.rng.device)
+        write_json(self.dir / "args.json", asdict(args))
+        for path in self.dir.glob("*.csv"):
+            cut_csv(path, self.global_step)
         if args.track:
             import wandb
 
             where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-            where |= {"id": self.run_dir.name, "resume": "allow"}
+            where |= {"id": self.dir.name, "resume": "allow"}
             wandb.init(**where, config=asdict(args), sync_tensorboard=True)
-            wandb.save(f"{self.run_dir}/videos/*.mp4", base_path=self.run_dir)
-        self.writer = SummaryWriter(self.run_dir, purge_step=global_step + 1)
+            wandb.save(f"{self.dir}/videos/*.mp4", base_path=self.dir)
+        self.writer = SummaryWriter(self.dir, purge_step=self.global_step + 1)
+        progress = {"total": args.total_timesteps, "initial": self.global_step}
+        self.bar = tqdm(**progress, unit="step", disable=None)
 
-    def create(self, args: Args, device: torch.device) -> Path:
-        """Make runs/<env>__<exp>__<seed>__<time>; mkdir fails rather than share one."""
-        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
-        run_dir = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
-        run_dir.mkdir(parents=True)
-        versions = {"python": sys.version.split()[0]}
-        for package in "torch", "gymnasium", "mujoco", "dm-control", "numpy":
-            with suppress(metadata.PackageNotFoundError):  # dm-control may be missing
-                versions[package] = metadata.version(package)
-        git, here = "git describe --always --dirty --abbrev=40", Path(__file__).parent
-        run = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True)
-        cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        cpu = [line.split(": ")[1] for line in cpu.splitlines() if line.startswith("model name")]
-        gpu = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
-        versions |= {"commit": run.stdout.strip(), "device": (gpu + cpu + [sys.platform])[0]}
-        versions["threads"] = torch.get_num_threads()
-        (run_dir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
-        return run_dir
+    def at_last_step(self) -> bool:
+        return self.global_step + self.args.num_envs > self.args.total_timesteps
 
-    def row(self, name: str, values: dict, plotted: dict) -> None:
-        """Append to <name>.csv, columns from the first row, NaN empty; TensorBoard gets plotted."""
-        with (self.run_dir / f"{name}.csv").open("a") as file:
+    def finished(self) -> bool:
+        return self.at_last_step() or self.stopped
+
+    def due(self, every: int) -> bool:
+        """Every so many steps, and at the last one; 0: at the last one only."""
+        passed = every > 0 and self.global_step % every < self.args.num_envs
+        return passed or self.at_last_step()
+
+    def after_step(self) -> None:
+        """Log, evaluate and save, if due."""
+        args = self.args
+        self.bar.update(args.num_envs)
+        self.now = {"global_step": self.global_step, "updates": self.agent.updates}
+        self.now["wall_time"] = round(time.perf_counter() - self.start, 3)
+        if self.due(args.log_every) and self.agent.updates:
+            self.log()
+        if args.eval_every and self.due(args.eval_every):
+            self.evaluate()
+        self.stopped = bool(self.stop)  # a later signal waits for the next step
+        if self.stopped or self.due(args.checkpoint_every):
+            self.save()
+
+    def refuse_divergence(self) -> None:
+        """End a run that diverged before it replaces its last good checkpoint."""
+        self.metrics = {name: float(value) for name, value in self.metrics.items()}
+        for name, value in (self.metrics | self.agent.state_dict()).items():
+            finite = torch.as_tensor(value).isfinite().all()
+            if not finite and not name.startswith("charts/"):
+                where = f"{name} is NaN or infinite at step {self.global_step}"
+                raise SystemExit(f"diverged: {where}")
+
+    def write(self, name: str, row: dict, plotted: dict) -> None:
+        """Append to <name>.csv, whose columns are the first row's; NaN stays empty."""
+        with (self.dir / f"{name}.csv").open("a") as file:
             if file.tell() == 0:
-                file.write(",".join(values) + "\n")
-            file.write(",".join("" if v != v else str(v) for v in values.values()) + "\n")
+                file.write(",".join(row) + "\n")
+            cells = ["" if x != x else str(x) for x in row.values()]  # NaN is not itself
+            file.write(",".join(cells) + "\n")
         for key, value in plotted.items():
-            self.writer.add_scalar(key, value, values["global_step"])
+            self.writer.add_scalar(key, value, self.global_step)
 
+    def log(self) -> None:
+        self.refuse_divergence()
+        speed = self.global_step / self.now["wall_time"]
+        self.metrics["charts/SPS"] = round(speed, 1)
+        self.write("metrics", self.now | self.metrics, self.metrics)
+        self.bar.set_postfix(episodic_return=self.metrics["charts/episodic_return"])
 
-def save_run(run_dir, args, agent, buffer, envs, rng, progress: dict) -> None:
-    """policy.pt to use the policy, checkpoint.pt to go on training exactly where it stopped."""
-    state = progress | {"args": asdict(replace(args, resume=None))}
-    policy = {"policy": agent.target_policy.state_dict(), "critics": agent.critic.state_dict()}
-    policy |= {key: state[key] for key in ("args", "global_step")}
-    counters = {key: value for key, value in vars(agent).items() if type(value) is int}
-    state |= {"agent": agent.state_dict(), "counters": counters}
-    state["optimizers"] = {key: opt.state_dict() for key, opt in agent.optimizers.items()}
-    state["buffer"] = {key: value[: buffer.size].clone() for key, value in buffer.data.items()}
-    state |= {"position": buffer.position, "rng": rng.get_state(), "device": rng.device.type}
-    episodes = envs.get_attr("episode")
-    state["episodes"] = [e | {"actions": torch.tensor(np.array(e["actions"]))} for e in episodes]
-    for name, content in ("policy.pt", policy), ("checkpoint.pt", state):
-        torch.save(content, run_dir / f"{name}.tmp")
-        os.replace(run_dir / f"{name}.tmp", run_dir / name)  # a crash leaves the old or the new one
+    def evaluate(self) -> None:
+        """Evaluate every mode; a signal does not wait for it, but gives it up."""
+        self.refuse_divergence()
+        args, envs = self.args, self.eval_envs
+        for mode, act in MODES.items():
+            frames = [] if args.capture_video and mode == DEPLOYED else None
+            with torch.compiler.set_stance("force_eager"):  # too short to compile for
+                results = evaluate(act, self.agent, envs, args, frames, self.stop)
+            if self.stop:
+                return
+            if frames:
+                write_video(frames, envs.envs[0], self.dir / f"videos/{self.global_step}")
+            returns, successes = results
+            row = dict(zip(("nfe", "num_candidates"), cost_of(mode, args), strict=True))
+            scores = {"return_mean": returns.mean(), "return_std": returns.std()}
+            row = {"mode": mode} | row | scores | {"success_rate": successes.mean()}
+            row["returns"] = " ".join(f"{x:.4f}" for x in returns)
+            plotted = {f"eval_{mode}/{name}": x for name, x in scores.items()}
+            self.write("evaluations", self.now | row, plotted)
+            tqdm.write(f"step {self.global_step:,}: {mode} {returns.mean():.1f}")
+
+    def save(self) -> None:
+        """policy.pt to use the policy, checkpoint.pt to go on exactly from here."""
+        self.refuse_divergence()
+        agent = self.agent
+        args = asdict(replace(self.args, resume=None))
+        policy = {
+            "policy": agent.acting_policy.state_dict(),
+            "critics": agent.critic.state_dict(),
+            "args": args,
+            "global_step": self.global_step,
+        }
+        size = self.buffer.size
+        optimizers = agent.optimizers.items()
+        episodes = []
+        for episode in self.envs.get_attr("episode"):
+            actions = torch.tensor(np.array(episode["actions"]))
+            episodes.append(episode | {"actions": actions})
+        state = {
+            "args": args,
+            "metrics": self.metrics,
+            "agent": agent.state_dict(),
+            "counters": {name: getattr(agent, name) for name in agent.counters},
+            "optimizers": {name: x.state_dict() for name, x in optimizers},
+            "buffer": {name: x[:size].clone() for name, x in self.buffer.data.items()},
+            "position": self.buffer.position,
+            "rng": self.rng.get_state(),
+            "device": self.rng.device.type,
+            "episodes": episodes,
+        }
+        files = {"policy.pt": policy, "checkpoint.pt": self.now | state}
+        for name, content in files.items():
+            torch.save(content, self.dir / f"{name}.tmp")
+            # a crash leaves the old file whole
+            os.replace(self.dir / f"{name}.tmp", self.dir / name)
+
+    def restore(self, saved: dict) -> np.ndarray:
+        """Undo save; returns the observations the envs were at."""
+        self.global_step = saved["global_step"]
+        self.start -= saved["wall_time"]
+        self.metrics = saved["metrics"]
+        self.agent.load_state_dict(saved["agent"])
+        for name, value in saved["counters"].items():
+            setattr(self.agent, name, value)
+        for name, optimizer in self.agent.optimizers.items():
+            lr = optimizer.param_groups[0]["lr"]  # perhaps the tensor agent.policy_lr
+            optimizer.load_state_dict(saved["optimizers"][name])
+            optimizer.param_groups[0]["lr"] = lr
+        self.buffer.position = saved["position"]
+        self.buffer.size = len(saved["buffer"]["rewards"])
+        for name, column in saved["buffer"].items():
+            self.buffer.data[name][: self.buffer.size] = column
+        self.rng.set_state(saved["rng"])
+        return np.stack(self.envs.call("restore", saved["episodes"]))
+
+    def close(self) -> None:
+        for resource in self.bar, self.writer, self.envs, self.eval_envs:
+            resource.close()
 
 
 def load(path: str, name: str) -> tuple[Path, dict]:
-    """Read what save_run wrote, given the file or its run directory; refuse anything else."""
+    """Read what Run.save wrote, given the file or its folder; refuse anything else."""
     file = Path(path) / name if Path(path).is_dir() else Path(path)
     keys = {"args", "global_step", "episodes" if name == "checkpoint.pt" else "policy"}
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-        assert keys <= set(content) and set(content["args"]) == {f.name for f in fields(Args)}
+        assert keys <= set(content)
+        assert set(content["args"]) == {field.name for field in fields(Args)}
     except Exception:  # torch raises many kinds for a damaged file
-        fail(f"{file} is missing, damaged or no {name} of this version of {Path(__file__).name}")
+        script = Path(__file__).name
+        fail(f"{file} is missing, damaged or no {name} of this version of {script}")
     return file, content
 
 
-def restore_run(saved: dict, agent, buffer, envs, rng) -> np.ndarray:
-    """Undo save_run; returns the observations the envs were at."""
-    agent.load_state_dict(saved["agent"])
-    vars(agent).update(saved["counters"])
-    for key, optimizer in agent.optimizers.items():
-        settings = optimizer.state_dict()["param_groups"]  # a learning rate on its own device
-        optimizer.load_state_dict(saved["optimizers"][key] | {"param_groups": settings})
-    buffer.position, buffer.size = saved["position"], len(saved["buffer"]["rewards"])
-    for key, value in saved["buffer"].items():
-        buffer.data[key][: buffer.size] = value
-    rng.set_state(saved["rng"])
-    return np.stack(envs.call("restore", saved["episodes"]))
+MAY_BE_ZERO = {"seed", "eval_every", "checkpoint_every", "torch_threads", "noise_scale"}
+MAY_BE_ZERO |= {"ivc_coef"}
+AT_MOST_ONE = {"gamma", "tau"}
+RISING = set()
+MAY_CHANGE = {"resume", "total_timesteps", "log_every", "capture_video", "torch_threads"}
+MAY_CHANGE |= {"track", "wandb_project_name", "wandb_entity"}  # on --resume
 
 
-def check_args(args: Args) -> torch.device:
-    """Refuse values that cannot work; returns the device to run on."""
-    numbers = {k: v for k, v in asdict(args).items() if type(v) in (int, float)}
-    zero_ok = "seed", "eval_every", "checkpoint_every", "torch_threads", "noise_scale", "ivc_coef"
-    limits = dict.fromkeys(("gamma", "tau"), (1, "at most 1"))
-    limits["num_envs"] = args.buffer_size, "at most --buffer-size"
-    limits["batch_size"] = args.learning_starts, "at most --learning-starts"
-    limits["learning_starts"] = args.total_timesteps, "at most --total-timesteps"
-    for key, value in numbers.items():
-        limit, high = limits.get(key, (sys.float_info.max, "finite"))
-        low = "0 or more" if key in zero_ok else "above 0"
-        if not (0 < value <= limit or (value == 0 and key in zero_ok)):
-            fail(f"--{key.replace('_', '-')} {value} must be {low} and {high}")
-    if args.utd * (args.total_timesteps - args.learning_starts) < 1:
-        fail(f"--utd {args.utd} gives no update; raise it or --total-timesteps")
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_args(args: Args) -> None:
+    """Refuse numbers that cannot work."""
+    limits = dict.fromkeys(AT_MOST_ONE, (1, "at most 1"))
+    limits["num_envs"] = (args.buffer_size, "at most --buffer-size")
+    limits["batch_size"] = (args.learning_starts, "at most --learning-starts")
+    limits["learning_starts"] = (args.total_timesteps, "at most --total-timesteps")
+    rules = []
+    for name, value in asdict(args).items():
+        if isinstance(value, bool | str | None) or name in RISING:
+            continue
+        limit, high = limits.get(name, (sys.float_info.max, "finite"))
+        low = "0 or more" if name in MAY_BE_ZERO else "above 0"
+        for number in np.atleast_1d(value).tolist():
+            holds = 0 < number <= limit or (number == 0 and name in MAY_BE_ZERO)
+            rules.append((holds, f"{flag(name)} {number} must be {low} and {high}"))
+    for name in RISING:
+        first, last = getattr(args, name)
+        holds = -math.inf < first < last < math.inf
+        rules.append((holds, f"{flag(name)} {first} {last} must be finite and rise"))
+    updates = args.utd * (args.total_timesteps - args.learning_starts)
+    message = f"--utd {args.utd} gives no update; raise it or --total-timesteps"
+    rules.append((updates >= 1, message))
+    for holds, message in rules:
+        if not holds:
+            fail(message)
+
+
+def refuse_changes(args: Args, saved: dict, device: torch.device) -> None:
+    """A checkpoint goes on with its own arguments, on its own kind of device."""
+    for name, value in saved["args"].items():
+        if name not in MAY_CHANGE and value != getattr(args, name):
+            fail(f"{flag(name)} cannot change on --resume; it was {value}")
+    if saved["device"] != device.type:
+        fail(f"{args.resume} was written on {saved['device']} and can only go on there")
+
+
+def choose_device(args: Args) -> torch.device:
+    """The device to run on; one that is not there is refused."""
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.empty(0, device=auto if args.device == "auto" else args.device).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
-        fail(f"--device {args.device} is not to be had here; --device auto takes what there is")
+        fail(f"--device {name} is not to be had here; --device auto takes what there is")
     if args.precision == "tf32" and device.type != "cuda":
         fail(f"--precision tf32 needs a CUDA GPU, not --device {device}")
     return device
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """The command line; --resume and --evaluate take their defaults from the stored arguments."""
+    """The command line; --resume and --evaluate start from the stored arguments."""
     args = tyro.cli(Args, args=argv)
     if path := args.resume or args.evaluate:
         _, saved = load(path, "checkpoint.pt" if args.resume else "policy.pt")
@@ -613,130 +875,165 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return args
 
 
-# ---------------------------------------------------------------------------- main
+class StopSignal:
+    """Note the first SIGINT or SIGTERM, to save and end; a second exits at once."""
+
+    def __init__(self):
+        self.signum = None
+
+    def __bool__(self) -> bool:
+        return self.signum is not None
+
+    def __enter__(self):
+        self.handlers = {}
+        for signum in signal.SIGINT, signal.SIGTERM:
+            self.handlers[signum] = signal.signal(signum, self.note)
+        # Compilers inherit this mask and so outlive a terminal's Ctrl-C, of which this process
+        # still hears through an older thread, that of TensorBoard's writer.
+        self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        return self
+
+    def __exit__(self, *_):
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+
+    def note(self, signum: int, _frame) -> None:
+        if self:
+            sys.exit(128 + signum)
+        self.signum = signum
+
+
+# ============ 4 SPEED: compiled and recorded updates; the deployed policy; main
+class Captured:
+    """function(agent, inputs, args, rng, *key) as one CUDA graph per key, a single launch.
+
+    Inputs are copied to the addresses of the recording; outputs hold until the next call.
+    Three calls are not recorded: they compile, choose kernels and allocate.
+    """
+
+    def __init__(self, function: Callable):
+        self.function = function
+        self.calls = {}
+        self.graphs = {}
+
+    def __call__(self, agent, inputs, args: Args, rng: Generator, *key):
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= 3:
+            return self.function(agent, inputs, args, rng, *key)
+        if key not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(rng)  # replays go on drawing from it
+            static = copy.deepcopy(inputs)
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                outputs = self.function(agent, static, args, rng, *key)
+            self.graphs[key] = (graph, static, outputs)
+        graph, static, outputs = self.graphs[key]
+        if isinstance(inputs, Tensor):
+            static.copy_(inputs)
+        else:
+            for name, value in inputs.items():
+                static[name].copy_(value)
+        graph.replay()
+        return outputs
+
+
+def accelerate(
+    agent: Agent, explore: Callable, improve: Callable, _args: Args
+) -> tuple[Callable, Callable]:
+    """The two functions compiled, and on CUDA recorded; or as they are, and a line why."""
+    device = agent.device
+    try:
+        torch.compile(torch.exp)(torch.ones(1, device=device))
+    except Exception as error:  # no C++ compiler or no Triton
+        reason = str(error).splitlines()[0]
+        print(f"going on without --compile: {reason}", file=sys.stderr)
+        return explore, improve
+    for network in agent.policy, agent.critic, agent.target_critic:
+        network.compile(dynamic=False)
+    improve = partial(improve, loss=torch.compile(policy_loss, dynamic=False))
+    if device.type != "cuda":
+        return explore, improve
+    torch.cuda.synchronize(device)
+    torch.cuda.set_stream(torch.cuda.Stream(device))  # the default one cannot be captured
+    return Captured(explore), Captured(improve)
+
+
+class OneStepPolicy(nn.Module):
+    """The deployed policy: noise z = prior_std * e -> action = clip(z + u(s, z, 0, 1)).
+
+    The times are constant, so their share of the first layer becomes a bias.
+    """
+
+    def __init__(self, policy: MeanVelocityField):
+        super().__init__()
+        policy = copy.deepcopy(policy).requires_grad_(False)
+        self.from_obs, _, from_r, self.from_z = policy.net.first.parts
+        self.from_z.bias += from_r.weight.squeeze(1)  # r = 1, and t = 0 adds nothing
+        self.rest = policy.net.rest
+
+    def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """obs (B, obs_dim), noise (..., B, act_dim) -> actions like noise."""
+        velocity = self.rest(self.from_obs(obs) + self.from_z(noise))
+        return (noise + velocity).clamp(-1, 1)
+
+
 def replay(args: Args, agent: Agent, envs) -> None:
-    """--evaluate: the saved policy as it is deployed, which is its first mode."""
+    """--evaluate: episodes of a saved policy, as it is deployed."""
     file, saved = load(args.evaluate, "policy.pt")
     if args.env_id != saved["args"]["env_id"]:
         fail(f"{file} was trained on {saved['args']['env_id']}, not on {args.env_id}")
-    agent.target_policy.load_state_dict(saved["policy"])
-    agent.target_policy, mode = for_one_step(agent.target_policy), next(iter(agent.modes))
-    result = evaluate(agent, envs, args, mode, file.parent / "videos" / "evaluate")
-    for episode, value in enumerate(result["returns"].split()):
-        print(f"episode {episode}: return {value}")
+    agent.acting_policy.load_state_dict(saved["policy"])
+    act = MODES[DEPLOYED]
+    frames = [] if args.capture_video else None
+    returns, _ = evaluate(act, agent, envs, args, frames)
+    if frames:
+        write_video(frames, envs.envs[0], file.parent / "videos/evaluate")
+    for episode, value in enumerate(returns):
+        print(f"episode {episode}: return {value:.4f}")
     obs = torch.zeros(1, *envs.single_observation_space.shape, device=agent.device)
-    rng = Generator(obs.device)
-    ms = min(timeit.repeat(lambda: act(agent, obs, args, rng, mode).cpu(), number=100)) * 10
-    print("return {return_mean:.2f} +- {return_std:.2f}".format(**result), f"{ms:.3f} ms/action")
+    rng = Generator(agent.device)
+    start = time.perf_counter()
+    for _ in range(500):
+        act(agent, obs, args, rng).cpu()
+    ms = 1000 * (time.perf_counter() - start) / 500
+    print(f"return {returns.mean():.2f} +- {returns.std():.2f} {ms:.3f} ms/action")
 
 
 def main(args: Args) -> Path | None:
-    """Train and return the run directory; the loop is act, learn, step, store, log."""
-    file, saved, device = None, None, check_args(args)
+    """Train and return the run directory, or replay a policy."""
+    check_args(args)
+    device = choose_device(args)
     torch.set_num_threads(args.torch_threads or min(8, torch.get_num_threads()))
-    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
-    if args.resume:
-        file, saved = load(args.resume, "checkpoint.pt")
-        may_change = "resume", "total_timesteps", "log_every", "capture_video", "torch_threads"
-        may_change += "track", "wandb_project_name", "wandb_entity"
-        for key, value in saved["args"].items():
-            if value != getattr(args, key) and key not in may_change:
-                fail(f"--{key.replace('_', '-')} cannot change on --resume; it was {value}")
-        if saved["device"] != device.type:
-            fail(f"{file} was written on {saved['device']} and can only go on there")
-    if args.capture_video and not {"DISPLAY", "MUJOCO_GL"} & set(os.environ):
-        choose_opengl()
-    envs = make_envs(args.env_id, args.num_envs, args.async_envs)  # first, because it may fork
-    film = args.capture_video  # which wants the simulators in this process
-    eval_envs = make_envs(args.env_id, args.eval_episodes, args.async_envs and not film, film)
-    obs_dim, act_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    tf32 = args.precision == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    warnings.filterwarnings("ignore", ".*(capturable=True|matmul_precision).*")
+    if args.capture_video and not {"DISPLAY", "MUJOCO_GL"} & os.environ.keys():
+        fail("--capture-video needs a screen, or apt-get install libegl1 and MUJOCO_GL=egl")
+    envs = make_envs(args.env_id, args.num_envs, args.async_envs)  # it may fork, so first
+    film = args.capture_video
+    processes = args.async_envs and not film  # which wants the simulators in this one
+    eval_envs = make_envs(args.env_id, args.eval_episodes, processes, film)
+    obs_dim = envs.single_observation_space.shape[0]
+    act_dim = envs.single_action_space.shape[0]
     torch.manual_seed(args.seed)  # the networks' initial weights
     agent = Agent(obs_dim, act_dim, args, device)
     if args.evaluate:
         return replay(args, agent, eval_envs)
+
     buffer = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
-    rng = Generator(device).manual_seed(args.seed)  # random actions, noise, replay sampling
-    charts = "charts/episodic_return", "charts/episodic_length", "charts/SPS"
-    if saved:
-        global_step, start, metrics = saved["global_step"], saved["wall_time"], saved["metrics"]
-        obs = restore_run(saved, agent, buffer, envs, rng)
-    else:
-        global_step, start, metrics = 0, 0.0, dict.fromkeys(charts, math.nan)
-        obs, _ = envs.reset(seed=[2 * args.seed] * args.num_envs)
-    logger = RunLogger(args, device, file and file.parent, global_step)
-    run_dir, rows = logger.run_dir, args.batch_size * args.num_candidates
-    print(f"{args.env_id}: {obs_dim} observations, {act_dim} actions; writing to {run_dir}")
-    print(f"one update evaluates {rows * args.flow_steps:,} policy rows, {2 * rows:,} critic rows")
-    # compilers inherit this and outlive a terminal's Ctrl-C, which the writer's thread lets in
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    if args.compile:
-        accelerate(agent, args, device)
-    stop, stopping, start = [], False, time.perf_counter() - start
-    for signum in signal.SIGINT, signal.SIGTERM:  # one finishes the step and saves, two kill
-        signal.signal(signum, lambda s, _: sys.exit(128 + s) if stop else stop.append(s))
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=None)
-    while global_step + args.num_envs <= args.total_timesteps and not stopping:
-        # act: uniformly at random at first, then the best of N candidates
-        if global_step < args.learning_starts:
-            actions = 2 * torch.rand((args.num_envs, act_dim), generator=rng, device=device) - 1
-        else:
-            actions = agent.act(
-                agent, torch.as_tensor(obs).to(device, non_blocking=True), args, rng, "explore"
-            )
-        actions = actions.cpu().numpy()
-        global_step += args.num_envs
-
-        # learn from what is stored so far, while GPU or processes overlap it with the simulators
-        if args.async_envs:
-            envs.step_async(actions)
-        while agent.updates < int(args.utd * (global_step - args.learning_starts) + 1e-9):
-            metrics |= update(agent, buffer.sample(args.batch_size, rng), args, rng)
-
-        # step and store: where an episode ended, next_obs already belongs to the one after it
-        step = envs.step_wait() if args.async_envs else envs.step(actions)
-        next_obs, rewards, terminations, truncations, infos = step
-        last_obs = next_obs.copy()
-        for i in np.flatnonzero(terminations | truncations):
-            last_obs[i] = infos["final_obs"][i]
-            for chart, key in zip(charts[:2], "rl", strict=True):
-                metrics[chart] = float(infos["final_info"]["episode"][key][i])
-        buffer.add(obs, actions, rewards, last_obs, terminations)
-        obs = next_obs
-
-        # log, evaluate, save
-        last = global_step + args.num_envs > args.total_timesteps
-        wall_time = round(time.perf_counter() - start, 3)
-        row = {"global_step": global_step, "updates": agent.updates, "wall_time": wall_time}
-        bar.update(args.num_envs)
-        logging = last or global_step % args.log_every < args.num_envs
-        evaluating = args.eval_every and (last or global_step % args.eval_every < args.num_envs)
-        saving = last or stop or global_step % (args.checkpoint_every or math.inf) < args.num_envs
-        if logging or evaluating or saving:  # a diverged run must not replace its last checkpoint
-            metrics = {key: float(value) for key, value in metrics.items()}
-            for key, value in (metrics | agent.state_dict()).items():
-                if key[:6] != "charts" and not torch.as_tensor(value).isfinite().all():
-                    raise SystemExit(f"diverged: {key} is NaN or infinite at step {global_step}")
-        if logging and agent.updates:
-            metrics["charts/SPS"] = round(global_step / wall_time, 1)
-            logger.row("metrics", row | metrics, metrics)
-            bar.set_postfix(episodic_return=metrics[charts[0]])
-        for mode in agent.modes if evaluating else ():
-            result = evaluate(agent, eval_envs, args, mode, run_dir / f"videos/{global_step}", stop)
-            if stop:  # a signal does not wait for the evaluation, which is given up
-                break
-            plotted = {f"eval_{mode}/{key}": result[key] for key in ("return_mean", "return_std")}
-            logger.row("evaluations", row | result, plotted)
-            tqdm.write("step {global_step:,}: {mode} {return_mean:.1f}".format(**row, **result))
-        stopping = bool(stop)  # decided once: a signal from here on waits for the next step
-        if saving or stopping:
-            save_run(run_dir, args, agent, buffer, envs, rng, row | {"metrics": metrics})
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    for resource in bar, logger.writer, envs, eval_envs:
-        resource.close()
-    if stopping:
-        print(f"stopped; go on with --resume {run_dir}", file=sys.stderr)
-        raise SystemExit(128 + stop[0])
-    return run_dir
+    rng = Generator(device).manual_seed(args.seed)  # of all but weights and episodes
+    stop = StopSignal()
+    run = Run(args, agent, buffer, envs, eval_envs, rng, stop)
+    sizes = f"{obs_dim} observations, {act_dim} actions"
+    print(f"{args.env_id}: {sizes}; writing to {run.dir}")
+    with stop:
+        train(agent, buffer, envs, run, args, rng, run.first_obs)
+    run.close()
+    if run.stopped:
+        print(f"stopped; go on with --resume {run.dir}", file=sys.stderr)
+        raise SystemExit(128 + stop.signum)
+    return run.dir
 
 
 if __name__ == "__main__":
