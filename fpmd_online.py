@@ -212,10 +212,9 @@ class Agent(nn.Module):
         self.acting_policy = copy.deepcopy(self.policy).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha_init)))
-        # of Q(s, a*) over states, and of Q over the candidates of a state
-        self.register_buffer("q_mean", torch.tensor(0.0))
+        self.register_buffer("q_mean", torch.tensor(0.0))  # of Q(s, a*) over states
         self.register_buffer("q_std", torch.tensor(1.0))
-        self.register_buffer("q_std_within", torch.tensor(1.0))
+        self.register_buffer("q_std_within", torch.tensor(1.0))  # of Q within a state
         self.to(device)
         self.device = device
         self.updates = 0
@@ -254,11 +253,8 @@ def take(candidates: Tensor, index: Tensor) -> Tensor:
     return candidates.take_along_dim(index[None, :, None], 0).squeeze(0).clamp(-1, 1)
 
 
-def select_action(critic: nn.Module, obs: Tensor, candidates: Tensor) -> tuple:
-    """Best of N: argmax_i min(Q_1, Q_2)(s, a_i), to act, for TD and to imitate.
-
-    obs (B, obs_dim), candidates (N, B, act_dim) -> actions (B, act_dim), scores (N, B).
-    """
+def select_action(critic: nn.Module, obs: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Best of N: argmax_i min(Q_1, Q_2)(s, a_i) -> actions (B, act_dim), scores (N, B)."""
     scores = critic(obs, candidates).amin(0)  # (N, B)
     return take(candidates, scores.argmax(0)), scores
 
@@ -380,8 +376,7 @@ def update_q_statistics(agent: Agent, scores: Tensor, rate: float) -> None:
     """Move them towards those of the scores (N, B)."""
     q = scores.amax(0)  # (B,)
     agent.q_mean.lerp_(q.mean(), rate)
-    # a constant Q must not end in 0 / 0
-    agent.q_std.lerp_(q.std(correction=0), rate).clamp_(min=1e-6)
+    agent.q_std.lerp_(q.std(correction=0), rate).clamp_(min=1e-6)  # 0 would divide Q
     agent.q_std_within.lerp_(scores.std(0, correction=0).mean(), rate).clamp_(min=1e-6)
 
 
@@ -499,8 +494,7 @@ def evaluate(act: Callable, agent: Agent, envs, args: Args, frames=None, stop=()
 
 def updates_due(args: Args, global_step: int) -> int:
     """Gradient updates that belong to this many environment steps."""
-    # 0.2 * 5 must give 1, however it rounds
-    return int(args.utd * (global_step - args.learning_starts) + 1e-9)
+    return int(args.utd * (global_step - args.learning_starts) + 1e-9)  # 0.2 * 5 is 1
 
 
 def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng, obs) -> None:
@@ -511,8 +505,7 @@ def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng, obs) -
     while not run.finished():
         # act: uniformly at random at first, then with exploration noise
         if run.global_step < args.learning_starts:
-            shape = envs.action_space.shape
-            actions = 2 * torch.rand(shape, generator=rng, device=rng.device) - 1
+            actions = 2 * torch.rand(envs.action_space.shape, generator=rng, device=rng.device) - 1
         else:
             states = torch.as_tensor(obs).to(agent.device, non_blocking=True)
             actions = explore(agent, states, args, rng)

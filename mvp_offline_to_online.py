@@ -20,7 +20,7 @@ two critics, and Q' that of the target critics.
     python mvp_offline_to_online.py --evaluate runs/<run>/policy.pt --eval-episodes 50
 
 Four parts: 1 METHOD, 2 TRAINING, 3 PLUMBING, 4 SPEED. Who stops after the second has read the
-algorithm end to end, from the dataset and env.step to the optimizers.
+algorithm end to end, from env.step to the optimizers.
 
 Paper: Mean Velocity Policy, arXiv:2602.13810; no code is public. Chunks, critics: Q-chunking's.
 """
@@ -67,51 +67,51 @@ class Args:
     env_id: str = "ogbench:cube-double-singletask-task2-v0"  # module:EnvId, or any gymnasium id
     dataset: str = "cube-double-play-singletask-task2-v0"  # OGBench's name, or a path to an .npz
     seed: int = 1  # seeds networks, noise, replay sampling and every episode
-    offline_steps: int = 1_000_000  # updates on the dataset alone, before the first online step
+    offline_steps: int = 1_000_000  # updates on the dataset alone, at first
     total_timesteps: int = 1_000_000  # environment steps online
     exp_name: str = Path(__file__).stem  # second part of the run directory's name
     runs_dir: str = "runs"  # where run directories are created
-    log_every: int = 1_000  # offline or online steps between rows of metrics.csv
-    eval_every: int = 100_000  # offline or online steps between evaluations, 0: never
+    log_every: int = 1_000  # steps between rows of metrics.csv, offline too
+    eval_every: int = 100_000  # steps between evaluations, 0: never
     eval_episodes: int = 50  # episodes per evaluation, all side by side
-    checkpoint_every: int = 100_000  # the same between checkpoints, 0: after each phase
-    capture_video: bool = False  # film the first episode of every one-step evaluation
+    checkpoint_every: int = 100_000  # steps between checkpoints, 0: after each phase
+    capture_video: bool = False  # film an episode of every one-step evaluation
     track: bool = False  # mirror the run to Weights & Biases
     wandb_project_name: str = "one-step-flow-rl"  # project on Weights & Biases
     wandb_entity: str | None = None  # team on Weights & Biases
     resume: str | None = None  # checkpoint.pt or a run directory to go on with
-    evaluate: str | None = None  # policy.pt to replay, one jump per chunk, without training
+    evaluate: str | None = None  # policy.pt to replay, one jump per chunk
 
     # --- algorithm: defaults are the published setting, as far as it is known ---
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate of the moving averages (target critics)
+    tau: float = 0.005  # rate of the target critics
     batch_size: int = 256  # chunks per update, B
-    buffer_size: int = 2_000_000  # transitions the replay buffer holds, the dataset's included
-    learning_starts: int = 5_000  # online steps of the pre-trained policy before learning goes on
+    buffer_size: int = 2_000_000  # transitions the replay buffer holds, dataset included
+    learning_starts: int = 5_000  # online steps before learning goes on
     utd: float = 1.0  # gradient updates per online step
     chunk_size: int = 5  # h, actions planned at once and executed open loop
-    num_candidates: int = 32  # N, chunks generated per state; the critics keep the best
-    flow_steps: int = 1  # T, jumps per generated action (NFE) while training
-    ivc_coef: float = 1.0  # lambda, weight of the instantaneous velocity constraint
+    num_candidates: int = 32  # N, chunks generated per state
+    flow_steps: int = 1  # T, jumps per action (NFE) in training
+    ivc_coef: float = 1.0  # lambda, weight of the constraint (IVC)
     imitation_target: Literal["best_of_n", "replay"] = "replay"  # a: TD action, or the buffer's
-    prior_std: float = 1.0  # std of e when sampling; training always draws e ~ N(0, I)
-    noise_scale: float = 0.0  # std of exploration noise added to every candidate
+    prior_std: float = 1.0  # std of e when sampling; 1 in the loss
+    noise_scale: float = 0.0  # std of exploration noise
     reward_scale: float = 1.0  # rewards are multiplied by this
     critic_lr: float = 3e-4  # Adam step size of the critics
     policy_lr: float = 3e-4  # Adam step size of the policy
-    hidden_dim: int = 512  # width of the hidden layers of every network
+    hidden_dim: int = 512  # width of the hidden layers
     hidden_layers: int = 4  # their number
 
     # --- speed: how it is computed ---
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, mps
-    compile: bool = True  # compile, and on CUDA capture, an update; the first ones take a minute
+    compile: bool = True  # compile and, on CUDA, record updates
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"  # bfloat16: in generating
-    torch_threads: int = 0  # CPU threads of torch, 0: at most 8; give 1 to side-by-side runs
+    torch_threads: int = 0  # CPU threads of torch, 0: at most 8
 
 
 # ============ 1 METHOD: networks, acting, learning
 def linear(in_dim: int, out_dim: int, fan_in: int, bias: bool = True) -> nn.Linear:
-    """A linear layer with Glorot-uniform weights: U(-b, b) with b^2 = 6 / (fan_in + out_dim)."""
+    """A linear layer with Glorot-uniform weights: U(-b, b), b^2 = 6 / (fan_in + out_dim)."""
     layer = nn.Linear(in_dim, out_dim, bias=bias)
     bound = math.sqrt(6 / (fan_in + out_dim))
     nn.init.uniform_(layer.weight, -bound, bound)
@@ -136,7 +136,7 @@ class FirstLayer(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear layers with GELU between, and LayerNorm after every GELU if norm is true."""
+    """Linear layers with GELU between, or with GELU and LayerNorm."""
 
     def __init__(self, input_dims: tuple, hidden_dim: int, out_dim: int, layers=4, norm=False):
         super().__init__()
@@ -154,7 +154,7 @@ class MLP(nn.Module):
 
 
 class MeanVelocityField(nn.Module):
-    """u(s, z, t, r): mean velocity over [t, r] of the flow that is at the point z at time t."""
+    """u(s, z, t, r): mean velocity over [t, r] of the flow at point z and time t."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int = 512, hidden_layers: int = 4):
         super().__init__()
@@ -163,7 +163,7 @@ class MeanVelocityField(nn.Module):
 
     def forward(self, obs: Tensor, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
         """obs (B, obs_dim), z (..., B, act_dim), t and r (1,) or (B, 1) -> velocity like z."""
-        # z comes last: it alone has all candidates, and what is summed before it stays small
+        # z last: it alone has all candidates, and the sum before it stays small
         return self.net(obs, t, r, z)
 
 
@@ -198,12 +198,11 @@ class Agent(nn.Module):
         plan_dim = args.chunk_size * act_dim
         self.policy = MeanVelocityField(obs_dim, plan_dim, *sizes)
         self.critic = TwinCritic(obs_dim, plan_dim, *sizes)
-        self.acting_policy = self.policy  # no moving average: what learns is also what acts
+        self.acting_policy = self.policy  # no moving average of it
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.to(device)
         self.device = device
         self.updates = 0
-
         adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
         self.optimizers = {
             "critic": adam(self.critic.parameters(), args.critic_lr),
@@ -211,7 +210,7 @@ class Agent(nn.Module):
         }
 
 
-# ---------------------------------------------------------------------------- acting
+# ------------ acting
 def generate(policy: nn.Module, obs: Tensor, z: Tensor, flow_steps: int) -> Tensor:
     """T jumps z_r = z_t + (r - t) u(s, z_t, t, r) from noise at t = 0 to an action at r = 1.
 
@@ -224,12 +223,13 @@ def generate(policy: nn.Module, obs: Tensor, z: Tensor, flow_steps: int) -> Tens
     return z
 
 
-def propose(policy: nn.Module, obs: Tensor, std: float, args: Args, rng: Generator) -> Tensor:
-    """N candidates per state plus exploration noise with this std, clipped: (N, B, act_dim)."""
+def propose(policy: nn.Module, obs: Tensor, std, args: Args, rng: Generator) -> Tensor:
+    """N candidates plus noise of that std: (N, B, act_dim), clipped."""
     shape = (2, args.num_candidates, len(obs), policy.act_dim)
     noise, exploration = torch.randn(shape, generator=rng, device=obs.device)
-    actions = generate(policy, obs, args.prior_std * noise, args.flow_steps) + std * exploration
-    return actions.clamp(-1, 1)  # before ranking: the critics know no action outside the box
+    actions = generate(policy, obs, args.prior_std * noise, args.flow_steps)
+    # clipped before ranking: the critics know no action beyond the bounds
+    return (actions + std * exploration).clamp(-1, 1)
 
 
 def take(candidates: Tensor, index: Tensor) -> Tensor:
@@ -237,11 +237,8 @@ def take(candidates: Tensor, index: Tensor) -> Tensor:
     return candidates.take_along_dim(index[None, :, None], 0).squeeze(0).clamp(-1, 1)
 
 
-def select_action(critic: nn.Module, obs: Tensor, candidates: Tensor) -> tuple:
-    """Best of N: argmax_i mean(Q_1, Q_2)(s, a_i), to act, for TD and to imitate.
-
-    obs (B, obs_dim), candidates (N, B, act_dim) -> actions (B, act_dim), scores (N, B).
-    """
+def select_action(critic: nn.Module, obs: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Best of N: argmax_i mean(Q_1, Q_2)(s, a_i) -> actions (B, act_dim), scores (N, B)."""
     scores = critic(obs, candidates).mean(0)  # (N, B)
     return take(candidates, scores.argmax(0)), scores
 
@@ -262,7 +259,7 @@ def act_best_of_n(agent: Agent, obs: Tensor, args: Args, rng: Generator) -> Tens
 
 @torch.no_grad()
 def act_explore(agent: Agent, obs: Tensor, args: Args, rng: Generator) -> Tensor:
-    """Best of N, with exploration noise on every candidate."""
+    """Best of N, with noise on every candidate."""
     candidates = propose(agent.acting_policy, obs, args.noise_scale, args, rng)
     return select_action(agent.critic, obs, candidates)[0]
 
@@ -276,13 +273,11 @@ def cost_of(mode: str, args: Args) -> tuple[int, int]:
     return (1, 1) if mode == "one_step" else (args.flow_steps, args.num_candidates)
 
 
-# ---------------------------------------------------------------------------- learning
-def critic_loss(
-    critic: TwinCritic, target_critic: TwinCritic, batch: dict, next_actions: Tensor, args: Args
-) -> tuple[Tensor, Tensor]:
-    """h-step mean-Q regression: the loss and Q (2, B); only termination stops bootstrapping.
+# ------------ learning
+def critic_loss(critic, target_critic, batch: dict, next_actions: Tensor, args: Args):
+    """h-step mean-Q: loss and Q (2, B); only termination ends bootstrapping.
 
-    A chunk whose last action was taken after its episode's end was never executed: no loss.
+    A chunk that outlasts its episode was never executed as a whole: no loss.
     """
     with torch.no_grad():
         next_q = target_critic(batch["next_obs"], next_actions).mean(0)  # (B,)
@@ -293,12 +288,10 @@ def critic_loss(
     return (executed * (q - y).square()).mean(1).sum(), q.detach()
 
 
-def imitation_targets(
-    batch: dict, next_actions: Tensor, args: Args
-) -> tuple[Tensor, Tensor, Tensor]:
-    """States (B, obs_dim), the chunks a that the policy imitates there, and weights w.
+def imitation_targets(batch: dict, next_actions: Tensor, args: Args) -> tuple:
+    """States (B, obs_dim), chunks that the policy imitates there, and weights.
 
-    a and w are (B, h * act_dim); w is 1 where an action counts, else 0.
+    Chunks and weights are (B, h * act_dim); 1 where an action counts, else 0.
     """
     if args.imitation_target == "replay":
         act_dim = next_actions.shape[1] // args.chunk_size
@@ -309,12 +302,11 @@ def imitation_targets(
 
 
 def policy_loss(
-    policy: nn.Module, obs: Tensor, actions: Tensor, w: Tensor, noise: Tensor, t: Tensor, r: Tensor
+    policy: nn.Module, obs: Tensor, actions: Tensor, w, noise: Tensor, t: Tensor, r: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """MeanFlow loss || u - sg(v + (r - t) du/dt) ||^2 and constraint || u(s, z_t, t, t) - v ||^2.
+    """MeanFlow || u - sg(v + (r - t) du/dt) ||^2 and IVC || u(s, z_t, t, t) - v ||^2.
 
-    obs (B, obs_dim), chunks a, weights w and noise e ~ N(0, I) (B, h * act_dim), t <= r (B, 1)
-    -> two means over all entries, weighted.
+    obs (B, obs_dim), chunks a, weights w and noise e (B, h * act_dim), t <= r (B, 1).
     """
     z_t = (1 - t) * noise + t * actions
     v = actions - noise
@@ -341,10 +333,8 @@ def update_critic(agent: Agent, batch: dict, next_actions: Tensor, args: Args) -
     return {"losses/critic_loss": loss.detach(), "losses/q_values": q.mean()}
 
 
-def update_policy(
-    agent: Agent, obs: Tensor, actions: Tensor, w: Tensor, args: Args, rng: Generator, loss=None
-) -> dict:
-    """Adam step towards chunks (B, h * act_dim) with weights w; loss: policy_loss, compiled."""
+def update_policy(agent: Agent, obs, actions, w, args: Args, rng: Generator, loss=None) -> dict:
+    """Adam step towards chunks (B, h * act_dim); loss may be policy_loss compiled."""
     t, r = torch.rand((2, len(obs), 1), generator=rng, device=obs.device).sort(0).values
     noise = torch.randn(actions.shape, generator=rng, device=obs.device)
     loss = loss or policy_loss
@@ -355,23 +345,18 @@ def update_policy(
     return {"losses/policy_loss": meanflow.detach(), "losses/ivc_loss": constraint.detach()}
 
 
-def update(
-    agent: Agent, batch: dict, args: Args, rng: Generator, _improve_policy: bool = True, loss=None
-) -> dict[str, Tensor]:
-    """One gradient update from a batch of (B, ...) tensors; returns scalars for the log.
-
-    No counter and no learning rate of Python's is read, so that a CUDA graph can record it whole.
-    """
+def update(agent: Agent, batch: dict, args: Args, rng, _improve_policy=True, loss=None) -> dict:
+    """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
+    # no counter of Python's is read: a CUDA graph can record it all
     next_obs = batch["next_obs"]
     with torch.no_grad():
-        # bfloat16 is for generating only: ranking needs Q to more than its three digits
-        with torch.autocast(next_obs.device.type, torch.bfloat16, args.precision == "bfloat16"):
+        # ranking needs Q to more than bfloat16's three digits
+        with torch.autocast(rng.device.type, torch.bfloat16, args.precision == "bfloat16"):
             candidates = propose(agent.policy, next_obs, args.noise_scale, args, rng)
         next_actions, scores = select_action(agent.critic, next_obs, candidates)
     metrics = update_critic(agent, batch, next_actions, args)
     metrics["policy/best_of_n_gain"] = (scores.amax(0) - scores.mean(0)).mean()
     metrics["policy/candidate_spread"] = candidates.std(0, correction=0).mean()
-
     obs, actions, w = imitation_targets(batch, next_actions, args)
     metrics |= update_policy(agent, obs, actions, w, args, rng, loss)
     move_towards(agent.target_critic, agent.critic, args.tau)
@@ -379,39 +364,13 @@ def update(
 
 
 def prepare_update(_agent: Agent, _args: Args) -> bool:
-    """Say whether the update at hand improves the policy: every one does."""
+    """Says whether this update improves the policy: every one does."""
     return True
 
 
-# ============ 2 TRAINING: dataset, buffer, evaluation, the loop of both phases
-def load_dataset(args: Args) -> dict[str, np.ndarray]:
-    """OGBench's data as columns for ReplayBuffer.add, rewarded for the task of --env-id."""
-    env = gym.make(args.env_id)
-    try:
-        from ogbench.relabel_utils import relabel_dataset
-        from ogbench.utils import load_dataset, make_env_and_datasets
-
-        if args.dataset.endswith(".npz"):
-            data = load_dataset(args.dataset, add_info=True)
-            relabel_dataset(args.env_id, env, data)
-        else:
-            data, _ = make_env_and_datasets(args.dataset, dataset_only=True, cur_env=env)
-        shapes = data["observations"].shape[1:], data["actions"].shape[1:]
-        assert shapes == (env.observation_space.shape, env.action_space.shape), "of another task"
-    except Exception as error:  # a missing file or network, another format, a task without goal
-        fail(f"cannot load --dataset {args.dataset} for {args.env_id}: {error!r}")
-    return {
-        "obs": data["observations"],
-        "actions": data["actions"].clip(-1 + 1e-5, 1 - 1e-5),
-        "rewards": data["rewards"],
-        "next_obs": data["next_observations"],
-        "terminations": 1 - data["masks"],  # success, after which a demonstration goes on
-        "ends": data["terminals"],  # of trajectories
-    }
-
-
+# ============ 2 TRAINING: buffer, evaluation, the loop of both phases
 class ReplayBuffer:
-    """Ring buffer of the transitions of one environment, one after the other, dataset first."""
+    """Ring buffer of the transitions of one env in their order, dataset first."""
 
     def __init__(self, args: Args, obs_dim: int, act_dim: int, device: torch.device):
         self.chunk_size = args.chunk_size
@@ -435,7 +394,8 @@ class ReplayBuffer:
 
     def add(self, **transitions: np.ndarray) -> None:
         """Store n successive transitions: arrays (n, ...) by column name."""
-        n, device = len(transitions["obs"]), self.rows.device
+        n = len(transitions["obs"])
+        device = self.rows.device
         columns = [np.reshape(transitions[name], (n, -1)) for name in self.shapes]
         rows = np.concatenate(columns, 1, dtype=np.float32)
         index = (self.position + torch.arange(n, device=device)) % len(self.rows)
@@ -455,7 +415,8 @@ class ReplayBuffer:
         """
         h = self.chunk_size
         oldest = self.position - self.size
-        start = torch.randint(self.size - h + 1, (batch_size, 1), generator=rng, device=rng.device)
+        starts = self.size - h + 1
+        start = torch.randint(starts, (batch_size, 1), generator=rng, device=rng.device)
         steps = torch.arange(h, device=rng.device)
         chunk = self.columns(self.rows[(oldest + start + steps) % len(self.rows)])  # (B, h, ...)
         going_on = (1 - chunk["ends"]).cumprod(1)  # after each step
@@ -471,7 +432,7 @@ class ReplayBuffer:
 
 
 def as_plan(chunks: Tensor, args: Args) -> list[np.ndarray]:
-    """Chunks (num_envs, h * act_dim) -> h actions (num_envs, act_dim) to execute one by one."""
+    """Chunks (num_envs, h * act_dim) -> h actions (num_envs, act_dim) to execute."""
     actions = chunks.cpu().numpy().reshape(len(chunks), args.chunk_size, -1)
     return list(actions.swapaxes(0, 1))
 
@@ -479,8 +440,7 @@ def as_plan(chunks: Tensor, args: Args) -> list[np.ndarray]:
 def evaluate(act: Callable, agent: Agent, envs, args: Args, frames=None, stop=()):
     """An episode per env: returns and successes (NaN: unknown), (num_envs,)."""
     rng = Generator(agent.device).manual_seed(args.seed)  # all evaluations start alike
-    seed = 2 * args.seed + 1  # odd: training has the even seeds
-    obs, _ = envs.reset(seed=[seed] * envs.num_envs)
+    obs, _ = envs.reset(seed=[2 * args.seed + 1] * envs.num_envs)  # training: even seeds
     plan = []  # of all episodes together, as they began together
     running = np.full(envs.num_envs, True)
     returns = np.zeros(envs.num_envs)
@@ -510,12 +470,11 @@ def updates_due(args: Args, global_step: int) -> int:
     return offline + int(args.utd * online + 1e-9)
 
 
-def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng: Generator, obs) -> None:
-    """Learn offline; then act, step, store, learn; obs (1, obs_dim) is where the env is."""
+def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng, obs) -> None:
+    """Learn; after the offline phase act, step, store, learn; obs (1, obs_dim)."""
     explore, improve = act_explore, update
     if args.compile:
         explore, improve = accelerate(agent, explore, improve, args)  # the same, faster
-
     while not run.finished():
         run.global_step += 1
         if run.global_step > args.offline_steps:
@@ -538,8 +497,8 @@ def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng: Genera
                 run.metrics["charts/success"] = float(final.get("success", [math.nan])[0])
 
             # store
-            row = {"obs": obs, "actions": actions, "rewards": rewards, "terminations": terminations}
-            buffer.add(**row, next_obs=last_obs, ends=ends)
+            outcome = {"rewards": rewards, "next_obs": last_obs, "terminations": terminations}
+            buffer.add(obs=obs, actions=actions, **outcome, ends=ends)
             obs = next_obs
 
         # learn, in both phases
@@ -604,12 +563,15 @@ def make_env(env_id: str, index: int = 0, film: bool = False) -> gym.Env:
     if torch.multiprocessing.parent_process():  # Ctrl-C is for the run
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "disable")  # else dm_control warns
+        # else dm_control warns
+        os.environ.setdefault("MUJOCO_GL", "disable")
     mujoco = metadata.version("mujoco")
     if env_id.startswith("dm_control/"):
         if int(mujoco.split(".")[0]) >= 4:
-            fail(f"{env_id} needs mujoco below 4, not {mujoco}: pip install 'mujoco>=3.17,<4'")
-        import shimmy  # noqa: F401  registers the ids, in every worker process too
+            cure = "pip install 'mujoco>=3.17,<4'"
+            fail(f"{env_id} needs mujoco below 4, not {mujoco}: {cure}")
+        # registers the ids, in every worker process too
+        import shimmy  # noqa: F401
     render = {"render_mode": "rgb_array"} if film else {}
     try:
         env = gym.make(env_id, **render)
@@ -624,9 +586,12 @@ def make_env(env_id: str, index: int = 0, film: bool = False) -> gym.Env:
     Box = gym.spaces.Box
     space = env.action_space
     if not (isinstance(space, Box) and space.is_bounded() and len(space.shape) == 1):
-        fail(f"{env_id} has actions {space}; only bounded vectors of numbers (Box) will do")
+        reason = "only bounded vectors of numbers (Box) will do"
+        fail(f"{env_id} has actions {space}; {reason}")
     space = env.observation_space
-    leaves = space.values() if isinstance(space, gym.spaces.Dict) else [space]
+    leaves = [space]
+    if isinstance(space, gym.spaces.Dict):
+        leaves = space.values()
     if not all(isinstance(leaf, Box) and leaf.dtype.kind == "f" for leaf in leaves):
         reason = "only vectors of numbers will do, images will not"
         fail(f"{env_id} has observations {space}; {reason}")
@@ -639,15 +604,45 @@ def make_env(env_id: str, index: int = 0, film: bool = False) -> gym.Env:
 def make_envs(env_id: str, n: int, in_processes: bool = False, film: bool = False):
     """A vector env whose last step of an episode returns the next one's first obs."""
     makers = [partial(make_env, env_id, i, film and i == 0) for i in range(n)]
-    vector = gym.vector.AsyncVectorEnv if in_processes else gym.vector.SyncVectorEnv
+    vector = gym.vector.SyncVectorEnv
+    if in_processes:
+        vector = gym.vector.AsyncVectorEnv
     return vector(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+
+def load_dataset(args: Args) -> dict[str, np.ndarray]:
+    """OGBench's data for ReplayBuffer.add, rewarded for the task of --env-id."""
+    env = gym.make(args.env_id)
+    try:
+        from ogbench.relabel_utils import relabel_dataset
+        from ogbench.utils import load_dataset, make_env_and_datasets
+
+        if args.dataset.endswith(".npz"):
+            data = load_dataset(args.dataset, add_info=True)
+            relabel_dataset(args.env_id, env, data)
+        else:
+            data, _ = make_env_and_datasets(args.dataset, dataset_only=True, cur_env=env)
+        shapes = (data["observations"].shape[1:], data["actions"].shape[1:])
+        expected = (env.observation_space.shape, env.action_space.shape)
+        assert shapes == expected, "of another task"
+    except Exception as error:  # no file or network, another format, no goal
+        fail(f"cannot load --dataset {args.dataset} for {args.env_id}: {error!r}")
+    return {
+        "obs": data["observations"],
+        "actions": data["actions"].clip(-1 + 1e-5, 1 - 1e-5),
+        "rewards": data["rewards"],
+        "next_obs": data["next_observations"],
+        "terminations": 1 - data["masks"],  # success, after which a demonstration goes on
+        "ends": data["terminals"],  # of trajectories
+    }
 
 
 def write_video(frames: list, env: gym.Env, file: Path) -> None:
     """Write one episode of env to <file>-episode-0.mp4."""
     from gymnasium.utils.save_video import save_video  # slow to import
 
-    dt = getattr(env.unwrapped, "dt", 1 / 30)  # MuJoCo's and dm_control's own clock
+    # MuJoCo's and dm_control's own clock
+    dt = getattr(env.unwrapped, "dt", 1 / 30)
     save_video(frames, file.parent, lambda _: True, name_prefix=file.name, fps=1 / dt)
 
 
@@ -655,7 +650,8 @@ def describe_machine(device: torch.device) -> dict:
     """Versions, commit and hardware."""
     versions = {"python": sys.version.split()[0]}
     for package in "torch", "gymnasium", "mujoco", "dm-control", "numpy":
-        if find_spec(package.replace("-", "_")):  # dm-control may be missing
+        # dm-control may be missing
+        if find_spec(package.replace("-", "_")):
             versions[package] = metadata.version(package)
     git = "git describe --always --dirty --abbrev=40"
     how = {"shell": True, "capture_output": True, "text": True}
@@ -664,8 +660,10 @@ def describe_machine(device: torch.device) -> dict:
     cpuinfo = Path("/proc/cpuinfo")
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    elif cpuinfo.exists() and "model name\t: " in cpuinfo.read_text():
-        name = cpuinfo.read_text().split("model name\t: ")[1].splitlines()[0]
+    elif cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(": ")[1]
     versions |= {"commit": commit.stdout.strip(), "device": name}
     return versions | {"threads": torch.get_num_threads()}
 
@@ -712,8 +710,13 @@ class Run:
         self.global_step = 0
         self.start = time.perf_counter()
         self.plan = []  # the rest of the chunk in execution
-        charts = "charts/episodic_return", "charts/episodic_length", "charts/success", "charts/SPS"
-        self.metrics = dict.fromkeys(charts, math.nan)  # the first columns of metrics.csv
+        # the first columns of metrics.csv
+        self.metrics = {
+            "charts/episodic_return": math.nan,
+            "charts/episodic_length": math.nan,
+            "charts/success": math.nan,
+            "charts/SPS": math.nan,
+        }
         if args.resume:
             file, saved = load(args.resume, "checkpoint.pt")
             refuse_changes(args, saved, self.rng.device)
@@ -729,14 +732,22 @@ class Run:
         if args.track:
             import wandb
 
-            where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-            where |= {"id": self.dir.name, "resume": "allow"}
-            wandb.init(**where, config=asdict(args), sync_tensorboard=True)
+            wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                id=self.dir.name,
+                resume="allow",
+                config=asdict(args),
+                sync_tensorboard=True,
+            )
             wandb.save(f"{self.dir}/videos/*.mp4", base_path=self.dir)
         self.writer = SummaryWriter(self.dir, purge_step=self.global_step + 1)
-        total = args.offline_steps + args.total_timesteps
-        progress = {"total": total, "initial": self.global_step}
-        self.bar = tqdm(**progress, unit="step", disable=None)
+        self.bar = tqdm(
+            total=args.offline_steps + args.total_timesteps,
+            initial=self.global_step,
+            unit="step",
+            disable=None,
+        )
 
     def at_last_step(self) -> bool:
         return self.global_step == self.args.offline_steps + self.args.total_timesteps
@@ -754,13 +765,17 @@ class Run:
         """Log, evaluate and save, if due."""
         args = self.args
         self.bar.update()
-        self.now = {"global_step": self.global_step, "updates": self.agent.updates}
-        self.now["wall_time"] = round(time.perf_counter() - self.start, 3)
+        self.now = {
+            "global_step": self.global_step,
+            "updates": self.agent.updates,
+            "wall_time": round(time.perf_counter() - self.start, 3),
+        }
         if self.due(args.log_every) and self.agent.updates:
             self.log()
         if args.eval_every and self.due(args.eval_every):
-            self.evaluate()
-        self.stopped = bool(self.stop)  # a later signal waits for the next step
+            self.evaluate_modes()
+        # decided once: a later signal waits for the next step
+        self.stopped = bool(self.stop)
         if self.stopped or self.due(args.checkpoint_every):
             self.save()
 
@@ -778,7 +793,8 @@ class Run:
         with (self.dir / f"{name}.csv").open("a") as file:
             if file.tell() == 0:
                 file.write(",".join(row) + "\n")
-            cells = ["" if x != x else str(x) for x in row.values()]  # NaN is not itself
+            # NaN is not equal to itself
+            cells = ["" if x != x else str(x) for x in row.values()]
             file.write(",".join(cells) + "\n")
         for key, value in plotted.items():
             self.writer.add_scalar(key, value, self.global_step)
@@ -790,10 +806,11 @@ class Run:
         self.write("metrics", self.now | self.metrics, self.metrics)
         self.bar.set_postfix(episodic_return=self.metrics["charts/episodic_return"])
 
-    def evaluate(self) -> None:
+    def evaluate_modes(self) -> None:
         """Evaluate every mode; a signal does not wait for it, but gives it up."""
         self.refuse_divergence()
-        args, envs = self.args, self.eval_envs
+        args = self.args
+        envs = self.eval_envs
         for mode, act in MODES.items():
             frames = [] if args.capture_video and mode == DEPLOYED else None
             with torch.compiler.set_stance("force_eager"):  # too short to compile for
@@ -803,12 +820,18 @@ class Run:
             if frames:
                 write_video(frames, envs.envs[0], self.dir / f"videos/{self.global_step}")
             returns, successes = results
-            row = dict(zip(("nfe", "num_candidates"), cost_of(mode, args), strict=True))
-            scores = {"return_mean": returns.mean(), "return_std": returns.std()}
-            scores["success_rate"] = successes.mean()
-            row = {"mode": mode} | row | scores
-            row["returns"] = " ".join(f"{x:.4f}" for x in returns)
-            plotted = {f"eval_{mode}/{name}": x for name, x in scores.items()}
+            nfe, num_candidates = cost_of(mode, args)
+            row = {
+                "mode": mode,
+                "nfe": nfe,
+                "num_candidates": num_candidates,
+                "return_mean": returns.mean(),
+                "return_std": returns.std(),
+                "success_rate": successes.mean(),
+                "returns": " ".join(f"{x:.4f}" for x in returns),
+            }
+            names = "return_mean", "return_std", "success_rate"
+            plotted = {f"eval_{mode}/{name}": row[name] for name in names}
             self.write("evaluations", self.now | row, plotted)
             text = f"{mode} {returns.mean():.1f}, success rate {successes.mean():.2f}"
             tqdm.write(f"step {self.global_step:,}: {text}")
@@ -859,7 +882,8 @@ class Run:
         for name, value in saved["counters"].items():
             setattr(self.agent, name, value)
         for name, optimizer in self.agent.optimizers.items():
-            lr = optimizer.param_groups[0]["lr"]  # perhaps the tensor agent.policy_lr
+            # a tensor must stay the same: agent.policy_lr is one
+            lr = optimizer.param_groups[0]["lr"]
             optimizer.load_state_dict(saved["optimizers"][name])
             optimizer.param_groups[0]["lr"] = lr
         self.buffer.position = saved["position"]
@@ -876,8 +900,11 @@ class Run:
 
 def load(path: str, name: str) -> tuple[Path, dict]:
     """Read what Run.save wrote, given the file or its folder; refuse anything else."""
-    file = Path(path) / name if Path(path).is_dir() else Path(path)
-    keys = {"args", "global_step", "episodes" if name == "checkpoint.pt" else "policy"}
+    file = Path(path)
+    if file.is_dir():
+        file = file / name
+    needed = {"checkpoint.pt": "episodes", "policy.pt": "policy"}
+    keys = {"args", "global_step", needed[name]}
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
         assert keys <= set(content)
@@ -954,8 +981,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """The command line; --resume and --evaluate start from the stored arguments."""
     args = tyro.cli(Args, args=argv)
     if path := args.resume or args.evaluate:
-        _, saved = load(path, "checkpoint.pt" if args.resume else "policy.pt")
-        args = tyro.cli(Args, args=argv, default=Args(**saved["args"]))
+        name = "checkpoint.pt" if args.resume else "policy.pt"
+        _, saved = load(path, name)
+        stored = Args(**saved["args"])
+        args = tyro.cli(Args, args=argv, default=stored)
     return args
 
 
@@ -1039,7 +1068,8 @@ def accelerate(
     if device.type != "cuda":
         return explore, improve
     torch.cuda.synchronize(device)
-    torch.cuda.set_stream(torch.cuda.Stream(device))  # the default one cannot be captured
+    # the default stream cannot be captured
+    torch.cuda.set_stream(torch.cuda.Stream(device))
     return Captured(explore), Captured(improve)
 
 
@@ -1089,7 +1119,8 @@ def main(args: Args) -> Path | None:
     """Train and return the run directory, or replay a policy."""
     check_args(args)
     device = choose_device(args)
-    torch.set_num_threads(args.torch_threads or min(8, torch.get_num_threads()))
+    threads = args.torch_threads or min(8, torch.get_num_threads())
+    torch.set_num_threads(threads)
     tf32 = args.precision == "tf32"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     warnings.filterwarnings("ignore", ".*(capturable=True|matmul_precision).*")
@@ -1111,7 +1142,8 @@ def main(args: Args) -> Path | None:
         if not args.chunk_size <= n <= args.buffer_size:
             fail(f"--dataset holds {n:,} transitions: no chunk, or over --buffer-size")
         buffer.add(**data)
-    rng = Generator(device).manual_seed(args.seed)  # of all but weights and episodes
+    # random actions, noise, replay sampling
+    rng = Generator(device).manual_seed(args.seed)
     stop = StopSignal()
     run = Run(args, agent, buffer, envs, eval_envs, rng, stop)
     sizes = f"{obs_dim} observations, {act_dim} actions"

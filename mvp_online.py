@@ -62,52 +62,52 @@ from tqdm import tqdm
 class Args:
     # --- run: what is trained, for how long, and what is written down ---
     env_id: str = "Ant-v4"  # gymnasium id, dm_control/<domain>-<task>-v0 or module:EnvId
-    seed: int = 1  # seeds networks, noise, replay sampling, warm-up actions and every episode
-    total_timesteps: int = 1_000_000  # environment steps over all envs, warm-up included
+    seed: int = 1  # seeds networks, noise, replay sampling and every episode
+    total_timesteps: int = 1_000_000  # environment steps, over all envs
     num_envs: int = 1  # parallel training environments
     exp_name: str = Path(__file__).stem  # second part of the run directory's name
     runs_dir: str = "runs"  # where run directories are created
-    log_every: int = 1_000  # environment steps between rows of metrics.csv
-    eval_every: int = 25_000  # environment steps between evaluations, 0: never
+    log_every: int = 1_000  # steps between rows of metrics.csv
+    eval_every: int = 25_000  # steps between evaluations, 0: never
     eval_episodes: int = 10  # episodes per evaluation, all side by side
-    checkpoint_every: int = 50_000  # environment steps between checkpoints, 0: only at the end
-    capture_video: bool = False  # film the first episode of every one-step evaluation
+    checkpoint_every: int = 50_000  # steps between checkpoints, 0: only at the end
+    capture_video: bool = False  # film an episode of every one-step evaluation
     track: bool = False  # mirror the run to Weights & Biases
     wandb_project_name: str = "one-step-flow-rl"  # project on Weights & Biases
     wandb_entity: str | None = None  # team on Weights & Biases
     resume: str | None = None  # checkpoint.pt or a run directory to go on with
-    evaluate: str | None = None  # policy.pt to replay with one step per action, without training
+    evaluate: str | None = None  # policy.pt to replay, one step per action
 
     # --- algorithm: defaults are the published networks, and our setting for learning from scratch
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate of the moving averages (target critics)
+    tau: float = 0.005  # rate of the target critics
     batch_size: int = 256  # transitions per update, B
     buffer_size: int = 1_000_000  # transitions the replay buffer holds
-    learning_starts: int = 5_000  # environment steps with random actions before learning
+    learning_starts: int = 5_000  # random environment steps before learning
     utd: float = 1.0  # gradient updates per environment step
-    num_candidates: int = 32  # N, actions generated per state; the critics keep the best
-    flow_steps: int = 1  # T, jumps per generated action (NFE) while training
-    ivc_coef: float = 1.0  # lambda, weight of the instantaneous velocity constraint
+    num_candidates: int = 32  # N, actions generated per state
+    flow_steps: int = 1  # T, jumps per action (NFE) in training
+    ivc_coef: float = 1.0  # lambda, weight of the constraint (IVC)
     imitation_target: Literal["best_of_n", "replay"] = "best_of_n"  # a*: TD action, or replayed one
-    prior_std: float = 1.0  # std of e when sampling; training always draws e ~ N(0, I)
-    noise_scale: float = 0.0  # std of exploration noise added to every candidate
+    prior_std: float = 1.0  # std of e when sampling; 1 in the loss
+    noise_scale: float = 0.0  # std of exploration noise
     reward_scale: float = 1.0  # rewards are multiplied by this
     critic_lr: float = 3e-4  # Adam step size of the critics
     policy_lr: float = 3e-4  # Adam step size of the policy
-    hidden_dim: int = 512  # width of the hidden layers of every network
+    hidden_dim: int = 512  # width of the hidden layers
     hidden_layers: int = 4  # their number
 
     # --- speed: how it is computed ---
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, mps
-    compile: bool = True  # compile, and on CUDA capture, an update; the first ones take a minute
+    compile: bool = True  # compile and, on CUDA, record updates
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"  # bfloat16: in generating
-    torch_threads: int = 0  # CPU threads of torch, 0: at most 8; give 1 to side-by-side runs
-    async_envs: bool = False  # one process per environment (pays off for slow simulators)
+    torch_threads: int = 0  # CPU threads of torch, 0: at most 8
+    async_envs: bool = False  # one process per env, for slow simulators
 
 
 # ============ 1 METHOD: networks, acting, learning
 def linear(in_dim: int, out_dim: int, fan_in: int, bias: bool = True) -> nn.Linear:
-    """A linear layer with Glorot-uniform weights: U(-b, b) with b^2 = 6 / (fan_in + out_dim)."""
+    """A linear layer with Glorot-uniform weights: U(-b, b), b^2 = 6 / (fan_in + out_dim)."""
     layer = nn.Linear(in_dim, out_dim, bias=bias)
     bound = math.sqrt(6 / (fan_in + out_dim))
     nn.init.uniform_(layer.weight, -bound, bound)
@@ -132,7 +132,7 @@ class FirstLayer(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear layers with GELU between, and LayerNorm after every GELU if norm is true."""
+    """Linear layers with GELU between, or with GELU and LayerNorm."""
 
     def __init__(self, input_dims: tuple, hidden_dim: int, out_dim: int, layers=4, norm=False):
         super().__init__()
@@ -150,7 +150,7 @@ class MLP(nn.Module):
 
 
 class MeanVelocityField(nn.Module):
-    """u(s, z, t, r): mean velocity over [t, r] of the flow that is at the point z at time t."""
+    """u(s, z, t, r): mean velocity over [t, r] of the flow at point z and time t."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int = 512, hidden_layers: int = 4):
         super().__init__()
@@ -159,7 +159,7 @@ class MeanVelocityField(nn.Module):
 
     def forward(self, obs: Tensor, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
         """obs (B, obs_dim), z (..., B, act_dim), t and r (1,) or (B, 1) -> velocity like z."""
-        # z comes last: it alone has all candidates, and what is summed before it stays small
+        # z last: it alone has all candidates, and the sum before it stays small
         return self.net(obs, t, r, z)
 
 
@@ -193,12 +193,11 @@ class Agent(nn.Module):
         sizes = (args.hidden_dim, args.hidden_layers)
         self.policy = MeanVelocityField(obs_dim, act_dim, *sizes)
         self.critic = TwinCritic(obs_dim, act_dim, *sizes)
-        self.acting_policy = self.policy  # no moving average: what learns is also what acts
+        self.acting_policy = self.policy  # no moving average of it
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.to(device)
         self.device = device
         self.updates = 0
-
         adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
         self.optimizers = {
             "critic": adam(self.critic.parameters(), args.critic_lr),
@@ -206,7 +205,7 @@ class Agent(nn.Module):
         }
 
 
-# ---------------------------------------------------------------------------- acting
+# ------------ acting
 def generate(policy: nn.Module, obs: Tensor, z: Tensor, flow_steps: int) -> Tensor:
     """T jumps z_r = z_t + (r - t) u(s, z_t, t, r) from noise at t = 0 to an action at r = 1.
 
@@ -219,12 +218,13 @@ def generate(policy: nn.Module, obs: Tensor, z: Tensor, flow_steps: int) -> Tens
     return z
 
 
-def propose(policy: nn.Module, obs: Tensor, std: float, args: Args, rng: Generator) -> Tensor:
-    """N candidates per state plus exploration noise with this std, clipped: (N, B, act_dim)."""
+def propose(policy: nn.Module, obs: Tensor, std, args: Args, rng: Generator) -> Tensor:
+    """N candidates plus noise of that std: (N, B, act_dim), clipped."""
     shape = (2, args.num_candidates, len(obs), policy.act_dim)
     noise, exploration = torch.randn(shape, generator=rng, device=obs.device)
-    actions = generate(policy, obs, args.prior_std * noise, args.flow_steps) + std * exploration
-    return actions.clamp(-1, 1)  # before ranking: the critics know no action outside the box
+    actions = generate(policy, obs, args.prior_std * noise, args.flow_steps)
+    # clipped before ranking: the critics know no action beyond the bounds
+    return (actions + std * exploration).clamp(-1, 1)
 
 
 def take(candidates: Tensor, index: Tensor) -> Tensor:
@@ -232,11 +232,8 @@ def take(candidates: Tensor, index: Tensor) -> Tensor:
     return candidates.take_along_dim(index[None, :, None], 0).squeeze(0).clamp(-1, 1)
 
 
-def select_action(critic: nn.Module, obs: Tensor, candidates: Tensor) -> tuple:
-    """Best of N: argmax_i mean(Q_1, Q_2)(s, a_i), to act, for TD and to imitate.
-
-    obs (B, obs_dim), candidates (N, B, act_dim) -> actions (B, act_dim), scores (N, B).
-    """
+def select_action(critic: nn.Module, obs: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Best of N: argmax_i mean(Q_1, Q_2)(s, a_i) -> actions (B, act_dim), scores (N, B)."""
     scores = critic(obs, candidates).mean(0)  # (N, B)
     return take(candidates, scores.argmax(0)), scores
 
@@ -257,7 +254,7 @@ def act_best_of_n(agent: Agent, obs: Tensor, args: Args, rng: Generator) -> Tens
 
 @torch.no_grad()
 def act_explore(agent: Agent, obs: Tensor, args: Args, rng: Generator) -> Tensor:
-    """Best of N, with exploration noise on every candidate."""
+    """Best of N, with noise on every candidate."""
     candidates = propose(agent.acting_policy, obs, args.noise_scale, args, rng)
     return select_action(agent.critic, obs, candidates)[0]
 
@@ -271,11 +268,9 @@ def cost_of(mode: str, args: Args) -> tuple[int, int]:
     return (1, 1) if mode == "one_step" else (args.flow_steps, args.num_candidates)
 
 
-# ---------------------------------------------------------------------------- learning
-def critic_loss(
-    critic: TwinCritic, target_critic: TwinCritic, batch: dict, next_actions: Tensor, args: Args
-) -> tuple[Tensor, Tensor]:
-    """Mean-Q regression: the loss and Q (2, B); only termination stops bootstrapping."""
+# ------------ learning
+def critic_loss(critic, target_critic, batch: dict, next_actions: Tensor, args: Args):
+    """Mean-Q: loss and Q (2, B); only termination ends bootstrapping."""
     with torch.no_grad():
         next_q = target_critic(batch["next_obs"], next_actions).mean(0)  # (B,)
         bootstrap = args.gamma * (1 - batch["terminations"])
@@ -284,7 +279,7 @@ def critic_loss(
     return (q - y).square().mean(1).sum(), q.detach()
 
 
-def imitation_targets(batch: dict, next_actions: Tensor, args: Args) -> tuple[Tensor, Tensor]:
+def imitation_targets(batch: dict, next_actions: Tensor, args: Args) -> tuple:
     """States (B, obs_dim) and the actions (B, act_dim) that the policy imitates there."""
     if args.imitation_target == "replay":
         return batch["obs"], batch["actions"]
@@ -294,9 +289,9 @@ def imitation_targets(batch: dict, next_actions: Tensor, args: Args) -> tuple[Te
 def policy_loss(
     policy: nn.Module, obs: Tensor, actions: Tensor, noise: Tensor, t: Tensor, r: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """MeanFlow loss || u - sg(v + (r - t) du/dt) ||^2 and constraint || u(s, z_t, t, t) - v ||^2.
+    """MeanFlow || u - sg(v + (r - t) du/dt) ||^2 and IVC || u(s, z_t, t, t) - v ||^2.
 
-    obs (B, obs_dim), actions a* and noise e ~ N(0, I) (B, act_dim), t <= r (B, 1) -> two means.
+    obs (B, obs_dim), actions a* and noise e (B, act_dim), t <= r (B, 1).
     """
     z_t = (1 - t) * noise + t * actions
     v = actions - noise
@@ -323,10 +318,8 @@ def update_critic(agent: Agent, batch: dict, next_actions: Tensor, args: Args) -
     return {"losses/critic_loss": loss.detach(), "losses/q_values": q.mean()}
 
 
-def update_policy(
-    agent: Agent, obs: Tensor, actions: Tensor, args: Args, rng: Generator, loss=None
-) -> dict:
-    """Adam step towards actions (B, act_dim); loss: policy_loss, compiled."""
+def update_policy(agent: Agent, obs, actions, args: Args, rng: Generator, loss=None) -> dict:
+    """Adam step towards actions (B, act_dim); loss may be policy_loss compiled."""
     t, r = torch.rand((2, len(obs), 1), generator=rng, device=obs.device).sort(0).values
     noise = torch.randn(actions.shape, generator=rng, device=obs.device)
     loss = loss or policy_loss
@@ -337,23 +330,18 @@ def update_policy(
     return {"losses/policy_loss": meanflow.detach(), "losses/ivc_loss": constraint.detach()}
 
 
-def update(
-    agent: Agent, batch: dict, args: Args, rng: Generator, _improve_policy: bool = True, loss=None
-) -> dict[str, Tensor]:
-    """One gradient update from a batch of (B, ...) tensors; returns scalars for the log.
-
-    No counter and no learning rate of Python's is read, so that a CUDA graph can record it whole.
-    """
+def update(agent: Agent, batch: dict, args: Args, rng, _improve_policy=True, loss=None) -> dict:
+    """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
+    # no counter of Python's is read: a CUDA graph can record it all
     next_obs = batch["next_obs"]
     with torch.no_grad():
-        # bfloat16 is for generating only: ranking needs Q to more than its three digits
-        with torch.autocast(next_obs.device.type, torch.bfloat16, args.precision == "bfloat16"):
+        # ranking needs Q to more than bfloat16's three digits
+        with torch.autocast(rng.device.type, torch.bfloat16, args.precision == "bfloat16"):
             candidates = propose(agent.policy, next_obs, args.noise_scale, args, rng)
         next_actions, scores = select_action(agent.critic, next_obs, candidates)
     metrics = update_critic(agent, batch, next_actions, args)
     metrics["policy/best_of_n_gain"] = (scores.amax(0) - scores.mean(0)).mean()
     metrics["policy/candidate_spread"] = candidates.std(0, correction=0).mean()
-
     obs, actions = imitation_targets(batch, next_actions, args)
     metrics |= update_policy(agent, obs, actions, args, rng, loss)
     move_towards(agent.target_critic, agent.critic, args.tau)
@@ -361,7 +349,7 @@ def update(
 
 
 def prepare_update(_agent: Agent, _args: Args) -> bool:
-    """Say whether the update at hand improves the policy: every one does."""
+    """Says whether this update improves the policy: every one does."""
     return True
 
 
@@ -392,7 +380,8 @@ class ReplayBuffer:
 
     def add(self, **transitions: np.ndarray) -> None:
         """Store a transition per env: arrays (num_envs, ...) by column name."""
-        n, device = len(transitions["obs"]), self.rows.device
+        n = len(transitions["obs"])
+        device = self.rows.device
         columns = [np.reshape(transitions[name], (n, -1)) for name in self.shapes]
         rows = np.concatenate(columns, 1, dtype=np.float32)
         index = (self.position + torch.arange(n, device=device)) % len(self.rows)
@@ -410,8 +399,7 @@ class ReplayBuffer:
 def evaluate(act: Callable, agent: Agent, envs, args: Args, frames=None, stop=()):
     """An episode per env: returns and successes (NaN: unknown), (num_envs,)."""
     rng = Generator(agent.device).manual_seed(args.seed)  # all evaluations start alike
-    seed = 2 * args.seed + 1  # odd: training has the even seeds
-    obs, _ = envs.reset(seed=[seed] * envs.num_envs)
+    obs, _ = envs.reset(seed=[2 * args.seed + 1] * envs.num_envs)  # training: even seeds
     running = np.full(envs.num_envs, True)
     returns = np.zeros(envs.num_envs)
     successes = np.full(envs.num_envs, np.nan)
@@ -432,8 +420,7 @@ def evaluate(act: Callable, agent: Agent, envs, args: Args, frames=None, stop=()
 
 def updates_due(args: Args, global_step: int) -> int:
     """Gradient updates that belong to this many environment steps."""
-    # 0.2 * 5 must give 1, however it rounds
-    return int(args.utd * (global_step - args.learning_starts) + 1e-9)
+    return int(args.utd * (global_step - args.learning_starts) + 1e-9)  # 0.2 * 5 is 1
 
 
 def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng, obs) -> None:
@@ -444,8 +431,7 @@ def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng, obs) -
     while not run.finished():
         # act: uniformly at random at first, then with exploration noise
         if run.global_step < args.learning_starts:
-            shape = envs.action_space.shape
-            actions = 2 * torch.rand(shape, generator=rng, device=rng.device) - 1
+            actions = 2 * torch.rand(envs.action_space.shape, generator=rng, device=rng.device) - 1
         else:
             states = torch.as_tensor(obs).to(agent.device, non_blocking=True)
             actions = explore(agent, states, args, rng)
@@ -527,12 +513,15 @@ def make_env(env_id: str, index: int = 0, film: bool = False) -> gym.Env:
     if torch.multiprocessing.parent_process():  # Ctrl-C is for the run
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "disable")  # else dm_control warns
+        # else dm_control warns
+        os.environ.setdefault("MUJOCO_GL", "disable")
     mujoco = metadata.version("mujoco")
     if env_id.startswith("dm_control/"):
         if int(mujoco.split(".")[0]) >= 4:
-            fail(f"{env_id} needs mujoco below 4, not {mujoco}: pip install 'mujoco>=3.17,<4'")
-        import shimmy  # noqa: F401  registers the ids, in every worker process too
+            cure = "pip install 'mujoco>=3.17,<4'"
+            fail(f"{env_id} needs mujoco below 4, not {mujoco}: {cure}")
+        # registers the ids, in every worker process too
+        import shimmy  # noqa: F401
     render = {"render_mode": "rgb_array"} if film else {}
     try:
         env = gym.make(env_id, **render)
@@ -547,9 +536,12 @@ def make_env(env_id: str, index: int = 0, film: bool = False) -> gym.Env:
     Box = gym.spaces.Box
     space = env.action_space
     if not (isinstance(space, Box) and space.is_bounded() and len(space.shape) == 1):
-        fail(f"{env_id} has actions {space}; only bounded vectors of numbers (Box) will do")
+        reason = "only bounded vectors of numbers (Box) will do"
+        fail(f"{env_id} has actions {space}; {reason}")
     space = env.observation_space
-    leaves = space.values() if isinstance(space, gym.spaces.Dict) else [space]
+    leaves = [space]
+    if isinstance(space, gym.spaces.Dict):
+        leaves = space.values()
     if not all(isinstance(leaf, Box) and leaf.dtype.kind == "f" for leaf in leaves):
         reason = "only vectors of numbers will do, images will not"
         fail(f"{env_id} has observations {space}; {reason}")
@@ -562,7 +554,9 @@ def make_env(env_id: str, index: int = 0, film: bool = False) -> gym.Env:
 def make_envs(env_id: str, n: int, in_processes: bool = False, film: bool = False):
     """A vector env whose last step of an episode returns the next one's first obs."""
     makers = [partial(make_env, env_id, i, film and i == 0) for i in range(n)]
-    vector = gym.vector.AsyncVectorEnv if in_processes else gym.vector.SyncVectorEnv
+    vector = gym.vector.SyncVectorEnv
+    if in_processes:
+        vector = gym.vector.AsyncVectorEnv
     return vector(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
@@ -570,7 +564,8 @@ def write_video(frames: list, env: gym.Env, file: Path) -> None:
     """Write one episode of env to <file>-episode-0.mp4."""
     from gymnasium.utils.save_video import save_video  # slow to import
 
-    dt = getattr(env.unwrapped, "dt", 1 / 30)  # MuJoCo's and dm_control's own clock
+    # MuJoCo's and dm_control's own clock
+    dt = getattr(env.unwrapped, "dt", 1 / 30)
     save_video(frames, file.parent, lambda _: True, name_prefix=file.name, fps=1 / dt)
 
 
@@ -578,7 +573,8 @@ def describe_machine(device: torch.device) -> dict:
     """Versions, commit and hardware."""
     versions = {"python": sys.version.split()[0]}
     for package in "torch", "gymnasium", "mujoco", "dm-control", "numpy":
-        if find_spec(package.replace("-", "_")):  # dm-control may be missing
+        # dm-control may be missing
+        if find_spec(package.replace("-", "_")):
             versions[package] = metadata.version(package)
     git = "git describe --always --dirty --abbrev=40"
     how = {"shell": True, "capture_output": True, "text": True}
@@ -587,8 +583,10 @@ def describe_machine(device: torch.device) -> dict:
     cpuinfo = Path("/proc/cpuinfo")
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    elif cpuinfo.exists() and "model name\t: " in cpuinfo.read_text():
-        name = cpuinfo.read_text().split("model name\t: ")[1].splitlines()[0]
+    elif cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(": ")[1]
     versions |= {"commit": commit.stdout.strip(), "device": name}
     return versions | {"threads": torch.get_num_threads()}
 
@@ -634,8 +632,12 @@ class Run:
         self.stopped = False
         self.global_step = 0
         self.start = time.perf_counter()
-        charts = "charts/episodic_return", "charts/episodic_length", "charts/SPS"
-        self.metrics = dict.fromkeys(charts, math.nan)  # the first columns of metrics.csv
+        # the first columns of metrics.csv
+        self.metrics = {
+            "charts/episodic_return": math.nan,
+            "charts/episodic_length": math.nan,
+            "charts/SPS": math.nan,
+        }
         if args.resume:
             file, saved = load(args.resume, "checkpoint.pt")
             refuse_changes(args, saved, self.rng.device)
@@ -651,13 +653,22 @@ class Run:
         if args.track:
             import wandb
 
-            where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-            where |= {"id": self.dir.name, "resume": "allow"}
-            wandb.init(**where, config=asdict(args), sync_tensorboard=True)
+            wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                id=self.dir.name,
+                resume="allow",
+                config=asdict(args),
+                sync_tensorboard=True,
+            )
             wandb.save(f"{self.dir}/videos/*.mp4", base_path=self.dir)
         self.writer = SummaryWriter(self.dir, purge_step=self.global_step + 1)
-        progress = {"total": args.total_timesteps, "initial": self.global_step}
-        self.bar = tqdm(**progress, unit="step", disable=None)
+        self.bar = tqdm(
+            total=args.total_timesteps,
+            initial=self.global_step,
+            unit="step",
+            disable=None,
+        )
 
     def at_last_step(self) -> bool:
         return self.global_step + self.args.num_envs > self.args.total_timesteps
@@ -674,13 +685,17 @@ class Run:
         """Log, evaluate and save, if due."""
         args = self.args
         self.bar.update(args.num_envs)
-        self.now = {"global_step": self.global_step, "updates": self.agent.updates}
-        self.now["wall_time"] = round(time.perf_counter() - self.start, 3)
+        self.now = {
+            "global_step": self.global_step,
+            "updates": self.agent.updates,
+            "wall_time": round(time.perf_counter() - self.start, 3),
+        }
         if self.due(args.log_every) and self.agent.updates:
             self.log()
         if args.eval_every and self.due(args.eval_every):
-            self.evaluate()
-        self.stopped = bool(self.stop)  # a later signal waits for the next step
+            self.evaluate_modes()
+        # decided once: a later signal waits for the next step
+        self.stopped = bool(self.stop)
         if self.stopped or self.due(args.checkpoint_every):
             self.save()
 
@@ -698,7 +713,8 @@ class Run:
         with (self.dir / f"{name}.csv").open("a") as file:
             if file.tell() == 0:
                 file.write(",".join(row) + "\n")
-            cells = ["" if x != x else str(x) for x in row.values()]  # NaN is not itself
+            # NaN is not equal to itself
+            cells = ["" if x != x else str(x) for x in row.values()]
             file.write(",".join(cells) + "\n")
         for key, value in plotted.items():
             self.writer.add_scalar(key, value, self.global_step)
@@ -710,10 +726,11 @@ class Run:
         self.write("metrics", self.now | self.metrics, self.metrics)
         self.bar.set_postfix(episodic_return=self.metrics["charts/episodic_return"])
 
-    def evaluate(self) -> None:
+    def evaluate_modes(self) -> None:
         """Evaluate every mode; a signal does not wait for it, but gives it up."""
         self.refuse_divergence()
-        args, envs = self.args, self.eval_envs
+        args = self.args
+        envs = self.eval_envs
         for mode, act in MODES.items():
             frames = [] if args.capture_video and mode == DEPLOYED else None
             with torch.compiler.set_stance("force_eager"):  # too short to compile for
@@ -723,11 +740,18 @@ class Run:
             if frames:
                 write_video(frames, envs.envs[0], self.dir / f"videos/{self.global_step}")
             returns, successes = results
-            row = dict(zip(("nfe", "num_candidates"), cost_of(mode, args), strict=True))
-            scores = {"return_mean": returns.mean(), "return_std": returns.std()}
-            row = {"mode": mode} | row | scores | {"success_rate": successes.mean()}
-            row["returns"] = " ".join(f"{x:.4f}" for x in returns)
-            plotted = {f"eval_{mode}/{name}": x for name, x in scores.items()}
+            nfe, num_candidates = cost_of(mode, args)
+            row = {
+                "mode": mode,
+                "nfe": nfe,
+                "num_candidates": num_candidates,
+                "return_mean": returns.mean(),
+                "return_std": returns.std(),
+                "success_rate": successes.mean(),
+                "returns": " ".join(f"{x:.4f}" for x in returns),
+            }
+            names = "return_mean", "return_std"
+            plotted = {f"eval_{mode}/{name}": row[name] for name in names}
             self.write("evaluations", self.now | row, plotted)
             tqdm.write(f"step {self.global_step:,}: {mode} {returns.mean():.1f}")
 
@@ -775,7 +799,8 @@ class Run:
         for name, value in saved["counters"].items():
             setattr(self.agent, name, value)
         for name, optimizer in self.agent.optimizers.items():
-            lr = optimizer.param_groups[0]["lr"]  # perhaps the tensor agent.policy_lr
+            # a tensor must stay the same: agent.policy_lr is one
+            lr = optimizer.param_groups[0]["lr"]
             optimizer.load_state_dict(saved["optimizers"][name])
             optimizer.param_groups[0]["lr"] = lr
         self.buffer.position = saved["position"]
@@ -792,8 +817,11 @@ class Run:
 
 def load(path: str, name: str) -> tuple[Path, dict]:
     """Read what Run.save wrote, given the file or its folder; refuse anything else."""
-    file = Path(path) / name if Path(path).is_dir() else Path(path)
-    keys = {"args", "global_step", "episodes" if name == "checkpoint.pt" else "policy"}
+    file = Path(path)
+    if file.is_dir():
+        file = file / name
+    needed = {"checkpoint.pt": "episodes", "policy.pt": "policy"}
+    keys = {"args", "global_step", needed[name]}
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
         assert keys <= set(content)
@@ -870,8 +898,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """The command line; --resume and --evaluate start from the stored arguments."""
     args = tyro.cli(Args, args=argv)
     if path := args.resume or args.evaluate:
-        _, saved = load(path, "checkpoint.pt" if args.resume else "policy.pt")
-        args = tyro.cli(Args, args=argv, default=Args(**saved["args"]))
+        name = "checkpoint.pt" if args.resume else "policy.pt"
+        _, saved = load(path, name)
+        stored = Args(**saved["args"])
+        args = tyro.cli(Args, args=argv, default=stored)
     return args
 
 
@@ -955,7 +985,8 @@ def accelerate(
     if device.type != "cuda":
         return explore, improve
     torch.cuda.synchronize(device)
-    torch.cuda.set_stream(torch.cuda.Stream(device))  # the default one cannot be captured
+    # the default stream cannot be captured
+    torch.cuda.set_stream(torch.cuda.Stream(device))
     return Captured(explore), Captured(improve)
 
 
@@ -1004,15 +1035,18 @@ def main(args: Args) -> Path | None:
     """Train and return the run directory, or replay a policy."""
     check_args(args)
     device = choose_device(args)
-    torch.set_num_threads(args.torch_threads or min(8, torch.get_num_threads()))
+    threads = args.torch_threads or min(8, torch.get_num_threads())
+    torch.set_num_threads(threads)
     tf32 = args.precision == "tf32"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     warnings.filterwarnings("ignore", ".*(capturable=True|matmul_precision).*")
     if args.capture_video and not {"DISPLAY", "MUJOCO_GL"} & os.environ.keys():
         fail("--capture-video needs a screen, or apt-get install libegl1 and MUJOCO_GL=egl")
-    envs = make_envs(args.env_id, args.num_envs, args.async_envs)  # it may fork, so first
+    # first, because it may fork
+    envs = make_envs(args.env_id, args.num_envs, args.async_envs)
     film = args.capture_video
-    processes = args.async_envs and not film  # which wants the simulators in this one
+    # filming wants the simulators in this process
+    processes = args.async_envs and not film
     eval_envs = make_envs(args.env_id, args.eval_episodes, processes, film)
     obs_dim = envs.single_observation_space.shape[0]
     act_dim = envs.single_action_space.shape[0]
@@ -1022,7 +1056,8 @@ def main(args: Args) -> Path | None:
         return replay(args, agent, eval_envs)
 
     buffer = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
-    rng = Generator(device).manual_seed(args.seed)  # of all but weights and episodes
+    # random actions, noise, replay sampling
+    rng = Generator(device).manual_seed(args.seed)
     stop = StopSignal()
     run = Run(args, agent, buffer, envs, eval_envs, rng, stop)
     sizes = f"{obs_dim} observations, {act_dim} actions"
