@@ -313,7 +313,7 @@ DEPLOYED = "one_candidate"
 def cost_of(mode: str, args: Args) -> tuple[int, int]:
     """Network evaluations per candidate (NFE), and candidates per action."""
     steps = 1 if mode == "one_step" else args.flow_steps
-    return steps, args.num_candidates if mode == "best_of_n" else 1
+    return steps, (args.num_candidates if mode == "best_of_n" else 1)
 
 
 # ------------ learning

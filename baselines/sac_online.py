@@ -194,9 +194,9 @@ class Agent(nn.Module):
 
 # ------------ acting
 def sample(policy: nn.Module, obs: Tensor, e: Tensor, tanh_correction: bool) -> tuple:
-    """a = tanh(u) for u = mean + std e, and log pi(a|s), or that of u without the correction.
+    """Actions a = tanh(u) with u = mean + std e, and log pi(a|s); uncorrected, log pi(u|s).
 
-    log pi = sum log N(e; 0, I) - log std - log(1 - a^2), whose last term is the correction.
+    log pi(a|s) = sum log N(e; 0, I) - log std - log(1 - a^2); the last term is the correction.
     obs (B, obs_dim), noise e (B, act_dim) -> actions (B, act_dim), log_probs (B,).
     """
     mean, log_std = policy(obs)
@@ -228,7 +228,7 @@ DEPLOYED = "one_step"
 
 
 def cost_of(_mode: str, _args: Args) -> tuple[int, int]:
-    """Network evaluations per candidate (NFE) and candidates per action in this mode."""
+    """Network evaluations per candidate (NFE), and candidates per action."""
     return 1, 1
 
 
@@ -266,8 +266,7 @@ def move_towards(slow: nn.Module, fast: nn.Module, tau: float) -> None:
 
 def update_critic(agent: Agent, batch: dict, next_actions, bonus: Tensor, args: Args) -> dict:
     """Adam steps of the critics on one gradient; SAC's authors take one."""
-    critics = agent.critic, agent.target_critic
-    loss, q = critic_loss(*critics, batch, next_actions, bonus, args)
+    loss, q = critic_loss(agent.critic, agent.target_critic, batch, next_actions, bonus, args)
     agent.optimizers["critic"].zero_grad()
     loss.backward()
     for _ in range(args.critic_steps):
@@ -277,8 +276,8 @@ def update_critic(agent: Agent, batch: dict, next_actions, bonus: Tensor, args: 
 
 def update_policy(agent: Agent, obs, e: Tensor, alpha: Tensor, args: Args, loss=None) -> dict:
     """Adam step on new actions at obs from noise e (B, act_dim); loss: policy_loss, compiled."""
-    networks = agent.policy, agent.critic
-    loss, entropy = (loss or policy_loss)(*networks, obs, e, alpha, args.tanh_correction)
+    correction = args.tanh_correction
+    loss, entropy = (loss or policy_loss)(agent.policy, agent.critic, obs, e, alpha, correction)
     agent.optimizers["policy"].zero_grad()
     loss.backward(inputs=list(agent.policy.parameters()))  # through the critics, not into them
     agent.optimizers["policy"].step()
