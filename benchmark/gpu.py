@@ -2,8 +2,8 @@
 
     prove   versions, the card; tests/test_cuda.py: eager, graph, compiled and captured updates
             agree, a resumed run is an uninterrupted one, every script trains
-    time    benchmark/measure/speed.py for every script; whole runs alone and side by side, with simulators
-            in the process and in processes of their own; benchmark/measure/latency.py
+    time    measure/speed.py for every script; whole runs alone and side by side, with simulators
+            in the process and in processes of their own; measure/latency.py
     train   runs at the published budget side by side, the next ones of TRAIN, as many as will
             finish at the speeds that were measured
 

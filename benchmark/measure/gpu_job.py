@@ -1,4 +1,4 @@
-"""What every piece of gpu.py stands on: processes with time limits, MPS, where numbers come from."""
+"""What every piece of gpu.py needs: processes with time limits, MPS, the origin of numbers."""
 
 import contextlib
 import json

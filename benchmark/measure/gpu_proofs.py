@@ -33,7 +33,7 @@ def machine(job: Job) -> dict:
 
 
 def pytest_runtest_logreport(report) -> None:
-    """As a plugin of pytest's: it writes each test's outcome to $GPU_REPORT as soon as it has it."""
+    """Pytest, with this as a plugin, writes each outcome to $GPU_REPORT as soon as it has it."""
     path = os.environ.get("GPU_REPORT")
     if not path or "PYTEST_XDIST_WORKER" in os.environ:
         return
@@ -53,19 +53,8 @@ def tests(job: Job) -> dict:
     env = {"GPU_REPORT": str(report), "PYTHONPATH": str(ROOT)}
     env["PYTHONPATH"] += os.pathsep + os.environ.get("PYTHONPATH", "")
     workers = "2" if job.smoke else "10"
-    command = [
-        "-m",
-        "pytest",
-        "-p",
-        "benchmark.measure.gpu_proofs",
-        "-n",
-        workers,
-        "-q",
-        "--tb=short",
-        "-m",
-        "cuda",
-    ]
-    command += ["tests/test_cuda.py"]
+    command = ["-m", "pytest", "-p", "benchmark.measure.gpu_proofs", "-n", workers]
+    command += ["-q", "--tb=short", "-m", "cuda", "tests/test_cuda.py"]
     if job.smoke:
         command += ["-k", "test_a_graph or (test_main_trains and eager and mvp)"]
     process = job.start("tests", command, env=env)
