@@ -232,10 +232,10 @@ def select(rows: list[dict], script: ModuleType, **key: int) -> list[dict]:
     return [row for row in rows if key.items() <= row.items()]
 
 
-def draw_curve(panel, x: tuple, y: list[float], text: str, script: ModuleType, style: str) -> None:
+def draw_curve(panel, x: tuple, y: list[float], text: str, script: ModuleType, line: str) -> None:
     """A line with its name before the first point."""
     colour = style.ALGORITHMS[script.__name__]
-    panel.plot(x, y, style, color=colour, ms=4, lw=1.2)
+    panel.plot(x, y, line, color=colour, ms=4, lw=1.2)
     place = {"textcoords": "offset points", "ha": "right", "va": "center", "color": colour}
     panel.annotate(text, (x[0], y[0]), (-7, 0), **place)
 
@@ -244,8 +244,8 @@ def draw_steps(panel, rows: list[dict]) -> None:
     """Error against the number of steps, early and late."""
     for script, step in product(SCRIPTS, (EARLY, LATE)):
         errors = [row["error"] for row in select(rows, script, global_step=step)]
-        style = "o--" if step == EARLY else "o-"
-        draw_curve(panel, FLOW_STEPS, errors, label(script, step), script, style)
+        line = "o--" if step == EARLY else "o-"
+        draw_curve(panel, FLOW_STEPS, errors, label(script, step), script, line)
     panel.set(xscale="log", yscale="log", xlim=(0.17, 60))
     panel.set_xticks(FLOW_STEPS, FLOW_STEPS)
     panel.set_xticks([], minor=True)
@@ -255,9 +255,9 @@ def draw_steps(panel, rows: list[dict]) -> None:
 
 def draw_training(panel, rows: list[dict]) -> None:
     """One-step error, and the spread of the actions, against environment steps."""
-    for script, (name, style) in product(SCRIPTS, {"error": "o-", "spread": ":"}.items()):
+    for script, (name, line) in product(SCRIPTS, {"error": "o-", "spread": ":"}.items()):
         values = [row[name] for row in select(rows, script, flow_steps=1)]
-        draw_curve(panel, STEPS, values, f"{NAMES[script]} {name}", script, style)
+        draw_curve(panel, STEPS, values, f"{NAMES[script]} {name}", script, line)
     panel.set(xscale="log", yscale="log", xlim=(STEPS[0] / 5, STEPS[-1] * 1.2))
     panel.set_xticks(STEPS, [f"{step // 1000}k" for step in STEPS])
     ticks = 0.02, 0.05, 0.1, 0.2, 0.5
