@@ -1,10 +1,10 @@
 """What surrounds the scripts: it runs them (launch), times them (measure), draws and reports.
 
 Each program is run by its path, `python benchmark/measure/speed.py`, from anywhere. Python then
-searches the program's own folder only, so its first line after the imports of libraries puts the
-repository's root there; `benchmark` and every script are then imported by their full names.
-Arrows between folders: launch and measure know none of the others, report knows neither of them,
-figures knows report's style, and gpu.py starts programs of launch and measure.
+looks for modules in the program's own folder, so every program first adds the repository's root;
+`benchmark` and the scripts are imported from there by their full names.
+What imports what: launch and report import no other folder, measure imports launch's collect.py,
+and figures imports report's style. gpu.py stands on measure and starts programs as a user would.
 """
 
 import csv

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -15,6 +16,34 @@ from benchmark.report import tables_speed
 COLUMNS = "script,num_candidates,flow_steps,mode,precision,measurement,milliseconds,quartile_1,"
 COLUMNS += "quartile_3,multiply_adds,compulsory_megabytes,floor_ms,ratio_to_floor,peak_megabytes,"
 COLUMNS += "batch_size,repetitions,device,threads,torch,commit"
+
+
+PROGRAMS = [path for path in (ROOT / "benchmark").rglob("*.py") if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=[path.stem for path in PROGRAMS])
+def test_every_program_runs_by_its_path_from_anywhere(path, tmp_path):
+    """--help, without the matplotlib and Ray that only a figure or a cluster needs."""
+    for name in "matplotlib", "ray":
+        (tmp_path / f"{name}.py").write_text("raise ImportError")
+    command, env = [sys.executable, path, "--help"], os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 0 and "usage: " in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("folder", "others"),
+    [
+        ("launch", ["measure", "report", "figures"]),
+        ("measure", ["report", "figures"]),
+        ("report", ["launch", "measure", "figures"]),
+        ("figures", ["launch", "measure"]),
+    ],
+)
+def test_folders_know_only_what_is_below_them(folder, others):
+    for path in (ROOT / "benchmark" / folder).glob("*.py"):
+        for other in others:
+            assert f"from benchmark.{other}" not in path.read_text(), path
 
 
 def test_a_small_measurement(tmp_path):

@@ -105,15 +105,8 @@ def test_outcomes_of_tests_are_on_disk_at_once(tmp_path):
     (tmp_path / "test_x.py").write_text(text)
     env = os.environ | {"GPU_REPORT": "report", "PYTHONPATH": str(ROOT)}
     env.pop("PYTEST_XDIST_WORKER", None)  # this test's own
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "benchmark.measure.gpu_proofs",
-        "test_x.py",
-    ]
+    plugin = "benchmark.measure.gpu_proofs"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", plugin, "test_x.py"]
     subprocess.run(command, cwd=tmp_path, env=env, capture_output=True)
     rows = [json.loads(line) for line in (tmp_path / "report").read_text().splitlines()]
     assert [(row["test"], row["outcome"]) for row in rows] == [

@@ -503,15 +503,9 @@ def test_killed_jobs_leave_no_processes(root, launch):
 def test_the_table_on_a_terminal(root):
     """Redrawn in place: one line per running job, then the summary with the time that is left."""
     controller, terminal = pty.openpty()
-    command = [
-        sys.executable,
-        "benchmark/launch/launch.py",
-        "--name",
-        "try",
-        "--scripts",
-        "fake_online",
-    ]
-    command += ["--envs", "Ant-v4", "--seeds", "1", "2", f"--flags={SLOW}", "--workers", "1"]
+    command = [sys.executable, "benchmark/launch/launch.py", "--name", "try"]
+    command += ["--scripts", "fake_online", "--envs", "Ant-v4", "--seeds", "1", "2"]
+    command += [f"--flags={SLOW}", "--workers", "1"]
     environ = os.environ | {"COLUMNS": "120", "LINES": "30"}
     process = subprocess.Popen(command, cwd=root, stdout=terminal, env=environ)
     os.close(terminal)
@@ -569,15 +563,8 @@ def test_a_real_run_equals_an_undisturbed_one(tmp_path, monkeypatch):
     name = {"env_id": "Hopper-v4", "runs_dir": "straight"}
     straight = script.main(script.Args(**(settings | name)))
     del settings["torch_threads"]
-    command = [
-        sys.executable,
-        ROOT / "benchmark" / "launch" / "launch.py",
-        "--name",
-        "try",
-        "--seeds",
-        "1",
-    ]
-    command += ["--scripts", script.__name__, "--envs", "Hopper-v4"]
+    command = [sys.executable, ROOT / "benchmark" / "launch" / "launch.py", "--name", "try"]
+    command += ["--seeds", "1", "--scripts", script.__name__, "--envs", "Hopper-v4"]
     command += [f"--flags={' '.join(as_flags(settings))}", "--output", "try.csv"]
     launcher = subprocess.Popen(command)
     job = wait_for(lambda: only(jobs(tmp_path)) if jobs(tmp_path) else None)
