@@ -91,6 +91,7 @@ def draw_flow(panel, policy: VelocityField, title: str, caption: str) -> None:
     )
     panel.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal", xticks=[], yticks=[])
     panel.set(title=title, xlabel=caption)
+    panel.spines[:].set_visible(False)
 
 
 def draw_error(panel, errors: dict[float, float], modes_error: float) -> None:
@@ -128,14 +129,14 @@ def main() -> None:
     draw_flow(
         left,
         early,
-        "Early in training",
-        "Target actions far apart: paths\nbend, one step ends at their mean",
+        "Spread-out targets",
+        "paths bend, and one step\nends at the mean of the targets",
     )
     draw_flow(
         middle,
         late[LATE_STD],
-        "Late in training",
-        "Target actions close together:\nstraight paths, one step is enough",
+        "Concentrated targets",
+        "paths are straight, and\none step is enough",
     )
     draw_error(right, errors, one_step_error(early))
     handles, labels = left.get_legend_handles_labels()

@@ -218,6 +218,7 @@ def draw_paths(panel, folder: Path, script: ModuleType, step: int, obs: Tensor) 
     panel.scatter(*once.T, s=18, color=style.SECOND, marker="x", lw=1.0, zorder=5, label=one)
     panel.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal", xticks=[], yticks=[])
     panel.set_title(label(script, step))
+    panel.spines[:].set_visible(False)
     panel.set_xlabel(f"{step:,} steps, return {one_step_return(folder, script, step):.1f}")
 
 

@@ -51,20 +51,19 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="leave the figures as they are")
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 on a change")
     args = parser.parse_args()
-    found, stale, shown = registry(), False, ""
+    found, stale = registry(), False
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text, changed = rebuild(path, found.tables) if path.exists() else ("", [])
         for name in changed:
             news = "is out of date" if args.check else "rewritten"
             print(f"{path.relative_to(ROOT)}: {name} {news}")
         stale |= bool(changed)
-        shown += text
         if changed and not args.check:
             path.write_text(text)
     if args.check:
         sys.exit(int(stale))
     for figure, (draw, source) in found.figures.items():
-        if not args.tables and figure in shown and (RESULTS / source).exists():
+        if not args.tables and (RESULTS / source).exists():
             draw(RESULTS / source, FIGURES / figure)
 
 
