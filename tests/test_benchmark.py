@@ -1,42 +1,61 @@
-"""benchmark/speed.py: a small run of it, and the arithmetic of what it writes."""
+"""benchmark/measure/speed.py: a small run of it, and the arithmetic of what it writes."""
 
 import csv
-import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 
 import pytest
 from conftest import FLOWS, FPMD, ROOT
 
+from benchmark.measure import speed_cases, speed_end_to_end
+from benchmark.report import tables_speed
+
 COLUMNS = "script,num_candidates,flow_steps,mode,precision,measurement,milliseconds,quartile_1,"
 COLUMNS += "quartile_3,multiply_adds,compulsory_megabytes,floor_ms,ratio_to_floor,peak_megabytes,"
 COLUMNS += "batch_size,repetitions,device,threads,torch,commit"
 
 
-@pytest.fixture
-def speed(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmark")
-    return importlib.import_module("speed")
+PROGRAMS = [path for path in (ROOT / "benchmark").rglob("*.py") if "__main__" in path.read_text()]
 
 
-@pytest.fixture
-def report(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmark")
-    return importlib.import_module("report")
+@pytest.mark.parametrize("path", PROGRAMS, ids=[path.stem for path in PROGRAMS])
+def test_every_program_runs_by_its_path_from_anywhere(path, tmp_path):
+    """--help, without the matplotlib and Ray that only a figure or a cluster needs."""
+    for name in "matplotlib", "ray":
+        (tmp_path / f"{name}.py").write_text("raise ImportError")
+    command, env = [sys.executable, path, "--help"], os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 0 and "usage: " in result.stdout, result.stderr
 
 
-def test_a_small_measurement(tmp_path, report):
+@pytest.mark.parametrize(
+    ("folder", "others"),
+    [
+        ("launch", ["measure", "report", "figures"]),
+        ("measure", ["report", "figures"]),
+        ("report", ["launch", "measure", "figures"]),
+        ("figures", ["launch", "measure"]),
+    ],
+)
+def test_folders_know_only_what_is_below_them(folder, others):
+    for path in (ROOT / "benchmark" / folder).glob("*.py"):
+        for other in others:
+            assert f"from benchmark.{other}" not in path.read_text(), path
+
+
+def test_a_small_measurement(tmp_path):
     """All scripts eagerly; the variants check for themselves that they give the same actions."""
     output = tmp_path / "speed.csv"
     flags = "--only update generation ranking learning one-step sac --modes eager --settings 2,1"
     flags += f" --batch-size 16 --repetitions 1 --threads 1 --variants --output {output}"
-    command = [sys.executable, ROOT / "benchmark" / "speed.py", *flags.split()]
+    command = [sys.executable, ROOT / "benchmark" / "measure" / "speed.py", *flags.split()]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "over the floor" in report.speed(output)
-    assert "all candidates in one piece" in report.speed_of_variants(output)
+    assert "over the floor" in tables_speed.speed(output)
+    assert "all candidates in one piece" in tables_speed.speed_of_variants(output)
     with output.open(newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
@@ -76,14 +95,14 @@ def test_a_small_measurement(tmp_path, report):
         assert deployed == mean + 8 * 256 < int(timed[script, "one-step"]["multiply_adds"])
 
 
-def test_every_policy_that_acts_in_one_step_is_measured(speed):
-    assert set(speed.FLOWS) == set(FLOWS)
+def test_every_policy_that_acts_in_one_step_is_measured():
+    assert set(speed_cases.FLOWS) == set(FLOWS)
 
 
-def test_step_times_leave_out_what_comes_before_the_first_row(speed, tmp_path):
+def test_step_times_leave_out_what_comes_before_the_first_row(tmp_path):
     text = "global_step,updates,wall_time\n1500,100,60.0\n2000,200,65.0\n2500,300,75.0\n"
     (tmp_path / "metrics.csv").write_text(text)
-    assert speed.step_times(tmp_path) == [0.01, 0.02]
+    assert speed_end_to_end.step_times(tmp_path) == [0.01, 0.02]
 
 
 def test_reference_policies(tmp_path):
@@ -91,7 +110,7 @@ def test_reference_policies(tmp_path):
     tables = []
     for name in "first.csv", "second.csv":
         flags = "--env-ids", "InvertedPendulum-v4", "--episodes", "3", "--output", tmp_path / name
-        command = [sys.executable, ROOT / "benchmark" / "reference_policies.py", *flags]
+        command = [sys.executable, ROOT / "benchmark" / "measure" / "reference_policies.py", *flags]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         with (tmp_path / name).open(newline="") as file:
@@ -114,7 +133,7 @@ def test_what_an_evaluation_costs_is_read_off_the_clock(tmp_path):
         lines.append(f"{step},0,{clock}")
         clock += {1000: 60, 5000: 5, 7000: 30, 10_000: 5}.get(step, 2)  # 7000: the machine paused
     (run_dir / "metrics.csv").write_text("\n".join(lines) + "\n")
-    program, output = ROOT / "benchmark" / "evaluation_cost.py", tmp_path / "cost.csv"
+    program, output = ROOT / "benchmark" / "measure" / "evaluation_cost.py", tmp_path / "cost.csv"
     subprocess.run([sys.executable, program, run_dir, "--output", output], check=True)
     with output.open(newline="") as file:
         (row,) = csv.DictReader(file)

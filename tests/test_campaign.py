@@ -1,7 +1,6 @@
 """A campaign's statistics against brute force, its report with runs missing, and latency.py."""
 
 import csv
-import importlib
 import itertools
 import math
 import shutil
@@ -12,6 +11,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from benchmark.measure import latency
+from benchmark.report import campaign, intervals, tables_latency
+from benchmark.report.registry import registry
+
 TABLES = ["overview", "protocol", "tasks", "one-step", "standing", "differences", "across"]
 TABLES += ["improvement"]
 MODES = {
@@ -21,12 +24,6 @@ MODES = {
     "sac_online": ("one_step", "sampled"),
     "dpmd_online": ("one_candidate", "one_step", "best_of_n"),
 }
-
-
-@pytest.fixture
-def campaign(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmark")
-    return importlib.import_module("campaign")
 
 
 def write(path, rows):
@@ -57,34 +54,32 @@ def run_rows(algorithm, env_id, seed, returns, hours=1.0, planned=None, flags="-
 
 
 # ---------------------------------------------------------------------------- over seeds
-def test_student_t_against_closed_forms(campaign):
+def test_student_t_against_closed_forms():
     level = 0.95
-    assert campaign.student_t(1) == pytest.approx(math.tan(math.pi * level / 2), rel=1e-6)
-    assert campaign.student_t(2) == pytest.approx(level * math.sqrt(2 / (1 - level**2)), rel=1e-6)
-    assert campaign.student_t(9) == pytest.approx(2.262157, rel=1e-6)
-    assert campaign.student_t(1e5) == pytest.approx(1.959988, rel=1e-5)
-    assert campaign.student_t(2) > campaign.student_t(2.5) > campaign.student_t(3)
-    assert campaign.interval([1, 2, 3]) == pytest.approx(campaign.student_t(2) / math.sqrt(3))
-    assert math.isnan(campaign.interval([5])) and campaign.interval([5, 5]) == 0
+    assert intervals.student_t(1) == pytest.approx(math.tan(math.pi * level / 2), rel=1e-6)
+    assert intervals.student_t(2) == pytest.approx(level * math.sqrt(2 / (1 - level**2)), rel=1e-6)
+    assert intervals.student_t(9) == pytest.approx(2.262157, rel=1e-6)
+    assert intervals.student_t(1e5) == pytest.approx(1.959988, rel=1e-5)
+    assert intervals.student_t(2) > intervals.student_t(2.5) > intervals.student_t(3)
+    assert intervals.interval([1, 2, 3]) == pytest.approx(intervals.student_t(2) / math.sqrt(3))
+    assert math.isnan(intervals.interval([5])) and intervals.interval([5, 5]) == 0
 
 
-def test_welch_by_hand(campaign):
+def test_welch_by_hand():
     """Variances 1 and 4 of three: 5/3 of the difference, 50/17 degrees of freedom."""
-    difference, half = campaign.welch([11, 12, 13], [2, 4, 6])
+    difference, half = intervals.welch([11, 12, 13], [2, 4, 6])
     assert difference == 8
-    assert half == pytest.approx(campaign.student_t(50 / 17) * math.sqrt(5 / 3))
-    assert campaign.welch([2, 4, 6], [11, 12, 13]) == (-8, half)
-    assert campaign.welch([1, 1], [3, 3]) == (-2, 0)
-    assert math.isnan(campaign.welch([1], [3, 4])[1])
+    assert half == pytest.approx(intervals.student_t(50 / 17) * math.sqrt(5 / 3))
+    assert intervals.welch([2, 4, 6], [11, 12, 13]) == (-8, half)
+    assert intervals.welch([1, 1], [3, 3]) == (-2, 0)
+    assert math.isnan(intervals.welch([1], [3, 4])[1])
 
 
-def test_welch_intervals_hold_the_truth(campaign, monkeypatch):
+def test_welch_intervals_hold_the_truth():
     """Three against three with unequal spread, as RL has it; slightly more than 95 % is known."""
-    rng, hits, exact = np.random.default_rng(0), 0, campaign.student_t
-    # its 100,001 points are kept for freedoms that it has seen
-    monkeypatch.setattr(campaign, "student_t", lambda freedom: exact(round(freedom, 1)))
+    rng, hits = np.random.default_rng(0), 0
     for _ in range(1500):
-        difference, half = campaign.welch(rng.normal(1, 1, 3), rng.normal(0, 3, 3))
+        difference, half = intervals.welch(rng.normal(1, 1, 3), rng.normal(0, 3, 3))
         hits += abs(difference - 1) <= half
     assert 0.935 < hits / 1500 < 0.985
 
@@ -99,13 +94,13 @@ def test_welch_intervals_hold_the_truth(campaign, monkeypatch):
     (5, math.nan, "one seed"),
     (math.nan, math.nan, "not evaluated"),
 ])  # fmt: skip
-def test_verdicts(campaign, difference, half, word):
-    assert campaign.verdict(difference, half) == word
+def test_verdicts(difference, half, word):
+    assert intervals.verdict(difference, half) == word
 
 
 # ---------------------------------------------------------------------------- across tasks
 @pytest.mark.parametrize("sizes", [(4,), (3, 3, 3, 3, 3), (1,), (2, 3), (5, 1, 3), (7, 7)])
-def test_interquartile_mean_is_the_mean_of_the_middle_half(campaign, sizes):
+def test_interquartile_mean_is_the_mean_of_the_middle_half(sizes):
     """Brute force: enough copies of every run for equal tasks and whole quarters, then cut."""
     rng = np.random.default_rng(sum(sizes))
     scores = [rng.normal(0, 1, n) for n in sizes]
@@ -113,88 +108,88 @@ def test_interquartile_mean_is_the_mean_of_the_middle_half(campaign, sizes):
     everything = np.sort(np.concatenate([x.repeat(copies // len(x)) for x in scores]))
     quarter = len(everything) // 4
     middle = everything[quarter : len(everything) - quarter]
-    assert campaign.interquartile_mean(scores) == pytest.approx(middle.mean())
+    assert intervals.interquartile_mean(scores) == pytest.approx(middle.mean())
 
 
-def test_interquartile_mean_ignores_outliers_where_the_mean_does_not(campaign):
-    assert campaign.interquartile_mean([np.array([-1e9, 1, 3, 1e6])]) == 2
+def test_interquartile_mean_ignores_outliers_where_the_mean_does_not():
+    assert intervals.interquartile_mean([np.array([-1e9, 1, 3, 1e6])]) == 2
 
 
-def test_probability_of_improvement_counts_pairs_and_ties(campaign):
+def test_probability_of_improvement_counts_pairs_and_ties():
     first = [np.array([1, 2, 3]), np.array([0, 0])]
     second = [np.array([2, 2]), np.array([0, 1, 5])]
     pairs = [[(x > y) + (x == y) / 2 for x in a for y in b]
              for a, b in zip(first, second, strict=True)]  # fmt: skip
     expected = np.mean([np.mean(task) for task in pairs])  # 1/2 and 1/6
-    assert campaign.probability_of_improvement(first, second) == pytest.approx(expected)
+    assert intervals.probability_of_improvement(first, second) == pytest.approx(expected)
     assert expected == pytest.approx(1 / 3)
-    assert campaign.probability_of_improvement(first, first) == pytest.approx(0.5)
-    assert campaign.probability_of_improvement(second, first) == pytest.approx(1 - expected)
+    assert intervals.probability_of_improvement(first, first) == pytest.approx(0.5)
+    assert intervals.probability_of_improvement(second, first) == pytest.approx(1 - expected)
 
 
-def test_performance_profile_falls_from_all_to_none(campaign):
+def test_performance_profile_falls_from_all_to_none():
     scores = [np.array([0.1, 0.5]), np.array([0.3, 0.3, 0.9])]
-    profile = campaign.performance_profile(scores, np.array([0.0, 0.1, 0.3, 0.4, 0.5, 0.9]))
+    profile = intervals.performance_profile(scores, np.array([0.0, 0.1, 0.3, 0.4, 0.5, 0.9]))
     expected = [1, (1 / 2 + 1) / 2, (1 / 2 + 1 / 3) / 2, (1 / 2 + 1 / 3) / 2, 1 / 6, 0]
     assert profile == pytest.approx(expected)  # a run at a threshold is not above it
     assert (np.diff(profile) <= 0).all()
 
 
-def test_bootstrap_is_reproducible_and_stays_within_tasks(campaign):
+def test_bootstrap_is_reproducible_and_stays_within_tasks():
     rng = np.random.default_rng(3)
     scores = [rng.normal(0, 1, 8), rng.normal(0, 1, 9)]  # of three runs quantiles often coincide
-    ends = campaign.bootstrap(campaign.interquartile_mean, scores)
-    assert (ends == campaign.bootstrap(campaign.interquartile_mean, scores)).all()
-    assert ends[0] < campaign.interquartile_mean(scores) < ends[1]
+    ends = intervals.bootstrap(intervals.interquartile_mean, scores)
+    assert (ends == intervals.bootstrap(intervals.interquartile_mean, scores)).all()
+    assert ends[0] < intervals.interquartile_mean(scores) < ends[1]
     tasks_differ = [np.array([0.0, 0.0]), np.array([100.0, 100.0])]  # runs of a task do not
-    assert campaign.bootstrap(lambda s: np.mean([x.mean(-1) for x in s], 0), tasks_differ) == (
+    assert intervals.bootstrap(lambda s: np.mean([x.mean(-1) for x in s], 0), tasks_differ) == (
         pytest.approx([50, 50])
     )
-    profile = campaign.bootstrap(
-        lambda s: campaign.performance_profile(s, np.linspace(-1, 1, 5)), scores
+    profile = intervals.bootstrap(
+        lambda s: intervals.performance_profile(s, np.linspace(-1, 1, 5)), scores
     )
     assert profile.shape == (2, 5)
 
 
 @pytest.mark.parametrize("seeds, low, high", [(12, 0.91, 0.975), (3, 0.83, 0.92)])
-def test_bootstrap_intervals_hold_the_truth(campaign, seeds, low, high):
+def test_bootstrap_intervals_hold_the_truth(seeds, low, high):
     """About 95 % of the time with a dozen seeds, and as docs/results.md says with three."""
     rng, hits = np.random.default_rng(0), 0
     for _ in range(400):
         scores = [rng.normal(task, 1, seeds) for task in range(5)]  # symmetric about 2
-        below, above = campaign.bootstrap(campaign.interquartile_mean, scores, resamples=300)
+        below, above = intervals.bootstrap(intervals.interquartile_mean, scores, resamples=300)
         hits += below <= 2 <= above
     assert low < hits / 400 < high
 
 
 # ---------------------------------------------------------------------------- curves
-def test_unfinished_runs_count_only_without_finished_ones(campaign):
+def test_unfinished_runs_count_only_without_finished_ones():
     done = [run_rows("sac_online", "Ant-v4", seed, [1, 2, 3]) for seed in (1, 2)]
     young = run_rows("sac_online", "Ant-v4", 3, [9], planned=30_000)
-    curves = campaign.read_curves([*done[0], *young, *done[1]])
+    curves = intervals.read_curves([*done[0], *young, *done[1]])
     assert [c.seed for c in curves["Ant-v4", "sac_online", "one_step"]] == ["1", "2"]
     older = run_rows("sac_online", "Ant-v4", 4, [5, 7], planned=30_000)
-    both = campaign.read_curves(young + older)["Ant-v4", "sac_online", "one_step"]
-    assert campaign.common_step(both) == 10_000
-    assert campaign.final(both).tolist() == [9, 5] == campaign.best(both).tolist()
+    both = intervals.read_curves(young + older)["Ant-v4", "sac_online", "one_step"]
+    assert intervals.common_step(both) == 10_000
+    assert intervals.final(both).tolist() == [9, 5] == intervals.best(both).tolist()
 
 
-def test_two_settings_of_an_algorithm_are_not_averaged(campaign):
+def test_two_settings_of_an_algorithm_are_not_averaged():
     rows = run_rows("sac_online", "Ant-v4", 1, [1])
     rows += run_rows("sac_online", "Ant-v4", 2, [1], flags="--utd 0.2")
     with pytest.raises(ValueError, match="two settings"):
-        campaign.read_curves(rows)
+        intervals.read_curves(rows)
 
 
-def test_final_is_the_mean_of_five_and_best_the_maximum(campaign):
+def test_final_is_the_mean_of_five_and_best_the_maximum():
     rows = run_rows("sac_online", "Ant-v4", 1, [0, 50, 1, 2, 3, 4, 5])
-    (curves,) = (campaign.read_curves(rows)["Ant-v4", "sac_online", mode] for mode in ["sampled"])
-    assert campaign.final(curves).tolist() == [3] and campaign.best(curves).tolist() == [50]
-    assert campaign.final(curves, 60_000).tolist() == [12]  # 50, 1, 2, 3, 4
-    assert np.isnan(campaign.final(curves, 5_000)).all()
+    (curves,) = (intervals.read_curves(rows)["Ant-v4", "sac_online", mode] for mode in ["sampled"])
+    assert intervals.final(curves).tolist() == [3] and intervals.best(curves).tolist() == [50]
+    assert intervals.final(curves, 60_000).tolist() == [12]  # 50, 1, 2, 3, 4
+    assert np.isnan(intervals.final(curves, 5_000)).all()
 
 
-def test_equal_steps_and_equal_wall_time_differ(campaign):
+def test_equal_steps_and_equal_wall_time_differ():
     """The same learning at half the speed: even at equal steps, behind at equal time.
 
     Of a straight curve the mean over the last fifth of T is its value at 0.9 T.
@@ -204,17 +199,17 @@ def test_equal_steps_and_equal_wall_time_differ(campaign):
         line = [100 * k + offset for k in range(1, 11)]
         rows += run_rows("sac_online", "Ant-v4", seed, line, hours=0.1)
         rows += run_rows("mvp_online", "Ant-v4", seed, line, hours=0.2)
-    curves = campaign.read_curves(rows)
+    curves = intervals.read_curves(rows)
     fast, slow = (curves["Ant-v4", name, "one_step"] for name in ("sac_online", "mvp_online"))
-    result = campaign.compare(slow, fast)
+    result = intervals.compare(slow, fast)
     assert result.step == 100_000 and result.at_step[0] == 0
-    assert campaign.verdict(*result.at_step) == "not distinguishable"
+    assert intervals.verdict(*result.at_step) == "not distinguishable"
     assert result.seconds == pytest.approx(3600)
-    assert campaign.at_time(fast, 3600) == pytest.approx([899, 900, 901])
+    assert intervals.at_time(fast, 3600) == pytest.approx([899, 900, 901])
     assert result.at_time[0] == pytest.approx(-450)
-    assert campaign.verdict(*result.at_time) == "worse"
-    assert np.isnan(campaign.at_time(slow, 500)).all()  # its first evaluation came at 720 s
-    grid, values = campaign.mean_curve(slow + fast, "seconds")
+    assert intervals.verdict(*result.at_time) == "worse"
+    assert np.isnan(intervals.at_time(slow, 500)).all()  # its first evaluation came at 720 s
+    grid, values = intervals.mean_curve(slow + fast, "seconds")
     assert grid[0] == 720 and grid[-1] == 3600 and values.shape == (6, len(grid))
 
 
@@ -235,7 +230,7 @@ def report(root, *rows, flag="--tables"):
     if rows:
         path = root / "benchmark" / "results" / "campaign_cpu.csv"
         write(path, [row for run in rows for row in run])
-    command = [sys.executable, root / "benchmark" / "report.py", flag]
+    command = [sys.executable, root / "benchmark" / "report" / "report.py", flag]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return (root / "docs" / "page.md").read_text()
@@ -335,7 +330,7 @@ def test_words_and_numbers_of_a_finished_campaign(copy):
     # and a number that changes is noticed
     path = copy / "benchmark" / "results" / "campaign_cpu.csv"
     path.write_text(path.read_text().replace("1001,1.0", "2001,1.0"))
-    command = [sys.executable, copy / "benchmark" / "report.py", "--check"]
+    command = [sys.executable, copy / "benchmark" / "report" / "report.py", "--check"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
     changed = {line.split()[1] for line in result.stdout.splitlines()}
@@ -354,27 +349,24 @@ def test_budgets_that_differ_are_compared_at_equal_steps(copy):
     assert rows_of(page, "tasks")[0]["last five"] == "800"
 
 
-def test_scores_run_from_random_to_published_sac(campaign):
-    module = importlib.import_module("campaign_report")
+def test_scores_run_from_random_to_published_sac():
     levels = [-46.8728, 5733.8, (5733.8 - 46.8728) / 2]
     runs = [run_rows("sac_online", "Ant-v4", seed, [x]) for seed, x in enumerate(levels)]
-    curves = campaign.read_curves([row for run in runs for row in run])
-    (scores,) = module.scores(curves, ["sac_online"], ["Ant-v4"])["sac_online"]
+    curves = intervals.read_curves([row for run in runs for row in run])
+    (scores,) = campaign.scores(curves, ["sac_online"], ["Ant-v4"])["sac_online"]
     assert scores == pytest.approx([0, 1, 0.5])
-    assert module.scale("Reacher-v4") is None
+    assert campaign.scale("Reacher-v4") is None
 
 
-def test_figures_of_young_and_finished_campaigns(copy, monkeypatch):
+def test_figures_of_young_and_finished_campaigns(copy):
     pytest.importorskip("matplotlib")
-    monkeypatch.syspath_prepend(ROOT / "benchmark")
-    module = importlib.import_module("campaign_report")
     csv_path, picture = copy / "campaign.csv", copy / "figure.png"
     young = [run_rows("sac_online", "Ant-v4", 1, [5], planned=50_000)]
     rich = [*full("mvp_online", 100), *full("sac_online", 50, ["Ant-v4"]), *full("dpmd_online", 9)]
     for runs in young, rich:
         write(csv_path, [row for run in runs for row in run])
-        module.load.cache_clear()
-        for name, (draw, source) in module.DRAWINGS.items():
+        campaign.load.cache_clear()
+        for name, (draw, source) in registry().figures.items():
             if source != "campaign_cpu.csv" or (runs is young and "one_step" in name):
                 continue
             draw(csv_path, picture)
@@ -383,10 +375,10 @@ def test_figures_of_young_and_finished_campaigns(copy, monkeypatch):
 
 
 # ---------------------------------------------------------------------------- latency.py
-def test_a_small_latency_measurement(tmp_path, monkeypatch):
+def test_a_small_latency_measurement(tmp_path):
     output = tmp_path / "latency.csv"
     flags = "--policies FPMD-R MVP --modes eager --batches 1 3 --calls 20 --threads 1"
-    command = [sys.executable, ROOT / "benchmark" / "latency.py", *flags.split()]
+    command = [sys.executable, ROOT / "benchmark" / "measure" / "latency.py", *flags.split()]
     result = subprocess.run([*command, "--output", output], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     with output.open(newline="") as file:
@@ -401,25 +393,20 @@ def test_a_small_latency_measurement(tmp_path, monkeypatch):
         assert 0 < float(row["median_ms"]) <= float(row["p99_ms"])
     median = {(r["policy"], r["steps"]): float(r["median_ms"]) for r in rows if r["batch"] == "1"}
     assert median["FPMD-R", "1"] < median["FPMD-R", "20"]
-    monkeypatch.syspath_prepend(ROOT / "benchmark")
-    assert "against SAC" in importlib.import_module("campaign_report").latency(output)
+    assert "against SAC" in tables_latency.latency(output)
 
 
 def test_policies_that_are_not_there_are_left_out_with_a_line(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "benchmark")
-    latency = importlib.import_module("latency")
     monkeypatch.setattr(latency, "POLICIES", {("X", 1): ("no_such_online", "one_step")})
     options = latency.argparse.Namespace(policies=["X"], batches=[1, 2], modes=["eager"])
     assert latency.cases(options, "cpu") == []
     assert capsys.readouterr().err.splitlines() == ["left out: X, there is no no_such_online.py"]
 
 
-def test_what_is_timed_is_the_deployed_action(monkeypatch):
+def test_what_is_timed_is_the_deployed_action():
     """One step: the script's act on the folded policy; T steps: generate from the same noise."""
     import torch
 
-    monkeypatch.syspath_prepend(ROOT / "benchmark")
-    latency = importlib.import_module("latency")
     device = torch.device("cpu")
     for script in "fpmd_online", "fpmd_meanflow_online", "mvp_online":
         module = latency.load_script(script)

@@ -1,7 +1,6 @@
 """benchmark/gpu.py: what it records, what it skips, what it starts, and all of it at toy size."""
 
 import csv
-import importlib
 import json
 import os
 import subprocess
@@ -12,20 +11,17 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
-
-@pytest.fixture
-def gpu(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmark")
-    return importlib.import_module("gpu")
+from benchmark import gpu, scripts
+from benchmark.measure import gpu_rates, gpu_training
 
 
 @pytest.fixture
-def job(gpu, tmp_path):
+def job(tmp_path):
     (tmp_path / "logs").mkdir()
     return gpu.Job(tmp_path, time.monotonic() + 100, smoke=True)
 
 
-def test_a_piece_that_fails_is_recorded_and_done_again(gpu, job, capsys):
+def test_a_piece_that_fails_is_recorded_and_done_again(job, capsys):
     """What worked is not repeated; what failed is, and its JSON says why."""
     calls = []
 
@@ -47,7 +43,7 @@ def test_a_piece_that_fails_is_recorded_and_done_again(gpu, job, capsys):
     assert "no capture here" in capsys.readouterr().out
 
 
-def test_a_process_that_outlasts_its_limit_is_ended_with_its_children(gpu, job):
+def test_a_process_that_outlasts_its_limit_is_ended_with_its_children(job):
     code = "import subprocess, sys, time\n"
     code += "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
     code += "print('child', child.pid, flush=True)\ntime.sleep(60)"
@@ -60,7 +56,7 @@ def test_a_process_that_outlasts_its_limit_is_ended_with_its_children(gpu, job):
     assert status.stdout.strip()[:1] in ("", "Z")
 
 
-def test_an_exit_status_comes_with_the_end_of_the_output(gpu, job):
+def test_an_exit_status_comes_with_the_end_of_the_output(job):
     process = job.start("wrong", ["-c", "print('almost'); raise SystemExit(3)"])
     with pytest.raises(gpu.Failed, match=r"wrong: exit status 3\nalmost"):
         job.wait("wrong", process, 20)
@@ -82,32 +78,35 @@ SAC = [("sac_online", "Ant-v4", seed) for seed in (1, 2, 3)]
         (200, 3, ANT, True),  # nothing finishes, these come furthest
     ],
 )
-def test_only_what_can_finish_is_started(gpu, seconds, at_least, runs, mps, tmp_path):
+def test_only_what_can_finish_is_started(seconds, at_least, runs, mps, tmp_path):
     (tmp_path / "rates.json").write_text(json.dumps({"found": MEASURED}))
     job = SimpleNamespace(output=tmp_path, left=seconds, at_least=at_least)
-    assert gpu.plan(job, 1_000_000) == (runs, mps)
+    assert gpu_training.plan(job, 1_000_000) == (runs, mps)
 
 
-def test_without_rates_nothing_is_started(gpu, tmp_path):
+def test_without_rates_nothing_is_started(tmp_path):
     (tmp_path / "rates.json").write_text(json.dumps({"found": {}}))
     job = SimpleNamespace(output=tmp_path, left=1000, at_least=3)
-    assert gpu.plan(job, 1_000_000) == ([], False)
+    assert gpu_training.plan(job, 1_000_000) == ([], False)
 
 
-def test_every_run_has_a_script_and_its_group_a_name(gpu):
-    assert {script for script, _, _ in gpu.TRAIN} <= set(gpu.scripts())
-    assert set(gpu.TOGETHER) <= set(gpu.RATES)
-    assert {script for members in gpu.RATES.values() for script, _ in members} == set(gpu.NAMES)
+def test_every_run_has_a_script_and_its_group_a_name():
+    assert {script for script, _, _ in gpu_training.TRAIN} <= set(scripts())
+    assert set(gpu_training.TOGETHER) <= set(gpu_rates.RATES)
+    assert {script for members in gpu_rates.RATES.values() for script, _ in members} == set(
+        gpu_rates.NAMES
+    )
 
 
-def test_outcomes_of_tests_are_on_disk_at_once(gpu, tmp_path):
+def test_outcomes_of_tests_are_on_disk_at_once(tmp_path):
     """Each with what it recorded, a failure with the end of its traceback."""
     text = "import json\ndef test_a(record_property):\n    record_property('error', 3)\n"
     text += "def test_b():\n    assert len(open('report').readlines()) == 2  # not yet this one's\n"
     (tmp_path / "test_x.py").write_text(text)
-    env = os.environ | {"GPU_REPORT": "report", "PYTHONPATH": str(ROOT / "benchmark")}
+    env = os.environ | {"GPU_REPORT": "report", "PYTHONPATH": str(ROOT)}
     env.pop("PYTEST_XDIST_WORKER", None)  # this test's own
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu", "test_x.py"]
+    plugin = "benchmark.measure.gpu_proofs"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", plugin, "test_x.py"]
     subprocess.run(command, cwd=tmp_path, env=env, capture_output=True)
     rows = [json.loads(line) for line in (tmp_path / "report").read_text().splitlines()]
     assert [(row["test"], row["outcome"]) for row in rows] == [

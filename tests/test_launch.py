@@ -1,4 +1,4 @@
-"""benchmark/launch.py: whatever is killed, and whenever, the same command completes the campaign.
+"""benchmark/launch: whatever is killed, and whenever, the same command completes the campaign.
 
 Most tests launch fake_online.py, a script in miniature; two launch a real one.
 """
@@ -21,6 +21,10 @@ from argparse import Namespace
 import pytest
 from conftest import ROOT, SMALL, as_flags
 
+from benchmark.launch.engines import Ray
+from benchmark.launch.jobs import Job, read_rows
+from benchmark.launch.progress import View
+
 SLOW = "--step-seconds 0.02"  # 100 steps in two seconds, a checkpoint every 10
 FIELDS = "algorithm env_id seed global_step updates wall_time mode return_mean flags utd "
 FIELDS += "total_timesteps python torch gymnasium mujoco device threads commit"
@@ -29,9 +33,9 @@ FIELDS += "total_timesteps python torch gymnasium mujoco device threads commit"
 @pytest.fixture
 def root(tmp_path):
     """A checkout with the launcher and scripts that take no time."""
-    (tmp_path / "benchmark").mkdir()
-    for name in "launch.py", "collect.py":
-        shutil.copy(ROOT / "benchmark" / name, tmp_path / "benchmark")
+    programs = tmp_path / "benchmark"
+    shutil.copytree(ROOT / "benchmark" / "launch", programs / "launch")
+    shutil.copy(ROOT / "benchmark" / "__init__.py", programs)
     (tmp_path / "baselines").mkdir()
     shutil.copy(ROOT / "tests" / "fake_online.py", tmp_path)
     shutil.copy(ROOT / "tests" / "fake_online.py", tmp_path / "baselines" / "other_online.py")
@@ -44,7 +48,7 @@ def launch(root):
     processes = []
 
     def launch(*flags, wait=True, env=None, script="fake_online"):
-        command = [sys.executable, root / "benchmark" / "launch.py", *map(str, flags)]
+        command = [sys.executable, root / "benchmark" / "launch" / "launch.py", *map(str, flags)]
         if not {"--scripts", "--name"} & set(flags) and not str(flags[:1]).endswith("toml',)"):
             command += ["--name", "try", "--scripts", script, "--envs", "Ant-v4"]
         if "--seeds" not in flags and "--name" in command:
@@ -214,14 +218,14 @@ def test_a_campaign_file_and_what_overrides_it(root, launch):
     assert "50 --utd 0.2 --utd 0.3 --num-envs 2 --torch" in changed.out.splitlines()[0]
 
 
-CAMPAIGNS = sorted((ROOT / "benchmark/campaigns").glob("*.toml"))
+CAMPAIGNS = sorted((ROOT / "benchmark/launch/campaigns").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", CAMPAIGNS, ids=[path.stem for path in CAMPAIGNS])
 def test_campaigns_of_the_repository(path, tmp_path):
     """Every script takes its flags, and nothing is missing from the grid."""
     campaign = tomllib.loads(path.read_text())
-    command = [sys.executable, ROOT / "benchmark/launch.py", path, "--dry-run"]
+    command = [sys.executable, ROOT / "benchmark/launch/launch.py", path, "--dry-run"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     size = len(campaign["scripts"]) * len(campaign["envs"]) * len(campaign["seeds"])
@@ -403,8 +407,8 @@ def test_killing_the_launcher_ends_its_jobs_and_the_next_one_goes_on(root, launc
 
 def test_a_script_that_outlives_its_launcher_is_waited_for(root, launch):
     """As on systems that cannot tell it: the script itself holds the lock, so none starts twice."""
-    launcher = root / "benchmark" / "launch.py"
-    launcher.write_text(launcher.read_text().replace('sys.platform == "linux"', "False"))
+    attempt = root / "benchmark" / "launch" / "attempt.py"
+    attempt.write_text(attempt.read_text().replace('sys.platform == "linux"', "False"))
     process = launch(f"--flags={SLOW}", wait=False)
     job = wait_for(lambda: only(jobs(root)) if jobs(root) else None)
     wait_for(lambda: step(job) >= 15)
@@ -499,8 +503,9 @@ def test_killed_jobs_leave_no_processes(root, launch):
 def test_the_table_on_a_terminal(root):
     """Redrawn in place: one line per running job, then the summary with the time that is left."""
     controller, terminal = pty.openpty()
-    command = [sys.executable, "benchmark/launch.py", "--name", "try", "--scripts", "fake_online"]
-    command += ["--envs", "Ant-v4", "--seeds", "1", "2", f"--flags={SLOW}", "--workers", "1"]
+    command = [sys.executable, "benchmark/launch/launch.py", "--name", "try"]
+    command += ["--scripts", "fake_online", "--envs", "Ant-v4", "--seeds", "1", "2"]
+    command += [f"--flags={SLOW}", "--workers", "1"]
     environ = os.environ | {"COLUMNS": "120", "LINES": "30"}
     process = subprocess.Popen(command, cwd=root, stdout=terminal, env=environ)
     os.close(terminal)
@@ -517,29 +522,26 @@ def test_the_table_on_a_terminal(root):
     assert "% of 200 steps; about 0 min left" in found[0]
 
 
-def test_time_left(monkeypatch, tmp_path):
+def test_time_left(tmp_path):
     """Work left at each job's pace, or that of its like, over the jobs at a time."""
-    monkeypatch.syspath_prepend(ROOT / "benchmark")
-    launch = importlib.import_module("launch")
     job = [
-        launch.Job(ROOT / f"{name}.py", "Ant-v4", i, "", [], {"total_timesteps": 1000}, tmp_path)
+        Job(ROOT / f"{name}.py", "Ant-v4", i, "", [], {"total_timesteps": 1000}, tmp_path)
         for i, name in enumerate(["a", "a", "b", "a"])
     ]
     for i, (state, step, pace) in enumerate(
         [("running", 500, 2.0), ("running", 900, 4.0), ("waiting", 0, None), ("done", 1000, 6.0)]
     ):
         job[i].state, job[i].last = state, {"step": step, "pace": pace, "score": ""}
-    view = launch.View("x", job)
+    view = View("x", job)
     assert [view.left(j) for j in job] == [1000.0, 400.0, 4000.0, 0.0]
     assert "60.0% of 4,000 steps; about 1 h 7 min left" in view.summary()
     job[2].last["pace"] = 0.1
     assert "about 17 min left" in view.summary()  # no shorter than the longest job
 
 
-def test_rows_of_a_growing_file(monkeypatch, tmp_path):
+def test_rows_of_a_growing_file(tmp_path):
     """The first and the last complete row, of a file larger than what is read of it."""
-    monkeypatch.syspath_prepend(ROOT / "benchmark")
-    read_rows, path = importlib.import_module("launch").read_rows, tmp_path / "metrics.csv"
+    path = tmp_path / "metrics.csv"
     for text in "", "a,b", "a,b\n", "a,b\n1,":
         path.write_text(text)
         assert read_rows(path) == []
@@ -561,8 +563,8 @@ def test_a_real_run_equals_an_undisturbed_one(tmp_path, monkeypatch):
     name = {"env_id": "Hopper-v4", "runs_dir": "straight"}
     straight = script.main(script.Args(**(settings | name)))
     del settings["torch_threads"]
-    command = [sys.executable, ROOT / "benchmark" / "launch.py", "--name", "try", "--seeds", "1"]
-    command += ["--scripts", script.__name__, "--envs", "Hopper-v4"]
+    command = [sys.executable, ROOT / "benchmark" / "launch" / "launch.py", "--name", "try"]
+    command += ["--seeds", "1", "--scripts", script.__name__, "--envs", "Hopper-v4"]
     command += [f"--flags={' '.join(as_flags(settings))}", "--output", "try.csv"]
     launcher = subprocess.Popen(command)
     job = wait_for(lambda: only(jobs(tmp_path)) if jobs(tmp_path) else None)
@@ -633,13 +635,11 @@ def test_stopping_the_launcher_stops_ray_jobs(root, launch, ray):
     assert 15 <= json.loads((run_dir(job) / "checkpoint.pt").read_text())["step"] < 100
 
 
-def test_ray_has_room_for_as_many_jobs_as_asked_for(ray, monkeypatch):
+def test_ray_has_room_for_as_many_jobs_as_asked_for(ray):
     """A cluster of our own has workers x threads CPUs, of which a task takes its threads."""
-    monkeypatch.syspath_prepend(ROOT / "benchmark")
-    launch = importlib.import_module("launch")
     options = Namespace(threads=2, workers=3, workers_per_gpu=0, ray_address="")
     try:
-        engine = launch.Ray(options)
+        engine = Ray(options)
         assert engine.places() == 3 and ray.cluster_resources()["CPU"] == 6
         assert engine.attempt._default_options["num_cpus"] == 2
         for options.workers, room in (2, 2), (0, 3):  # 0: as many as fit

@@ -426,12 +426,12 @@ def test_the_global_generator_is_each_environments_own():
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory):
-    """A cube and a maze, 1,500 steps each, made by benchmark/make_dataset.py."""
+    """A cube and a maze, 1,500 steps each, made by benchmark/measure/make_dataset.py."""
     pytest.importorskip("ogbench")
     folder = tmp_path_factory.mktemp("data")
     for name in "cube-single", "pointmaze-medium":
         flags = ["--steps=1500", "--episode-length=500", "--output", folder / f"{name}.npz"]
-        result = python(ROOT / "benchmark/make_dataset.py", name, *flags)
+        result = python(ROOT / "benchmark/measure/make_dataset.py", name, *flags)
         assert result.returncode == 0, result.stderr
         assert "1,500 transitions in 3 episodes" in result.stdout
     return folder
@@ -460,7 +460,7 @@ def test_the_same_seed_makes_the_same_dataset(datasets, tmp_path, name):
     for seed, same in (0, True), (1, False):
         path = tmp_path / f"{seed}.npz"
         flags = ["--steps=60", "--episode-length=500", f"--seed={seed}", "--output", path]
-        result = python(ROOT / "benchmark/make_dataset.py", name, *flags)
+        result = python(ROOT / "benchmark/measure/make_dataset.py", name, *flags)
         assert result.returncode == 0, result.stderr
         ours, other = np.load(datasets / f"{name}.npz"), np.load(path)
         assert np.array_equal(ours["observations"][:400], other["observations"][:400]) == same

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmark.launch.collect import defaults
+
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "gymnasium": "1.4.0", "mujoco": "3.17.0"}
 VERSIONS |= {"numpy": "2.4.6", "commit": "0123456789abcdef", "device": "a CPU", "threads": 2}
@@ -44,11 +46,6 @@ def copy(tmp_path):
 
 def write_run(root, env_id, seed, one_step, best_of_n, **changed):
     """A run directory with an evaluation every 1000 steps."""
-    sys.path.insert(0, str(ROOT / "benchmark"))
-    try:
-        from collect import defaults
-    finally:
-        sys.path.pop(0)
     run_dir = root / f"{env_id}__fpmd_online__{seed}__now"
     run_dir.mkdir(parents=True)
     args = defaults(ROOT / "fpmd_online.py") | {
@@ -75,7 +72,7 @@ def test_every_table_in_the_documents_follows_from_its_csv():
     documents = [path for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")] if path.exists()]
     if not any("<!-- table:" in path.read_text() for path in documents):
         pytest.skip("no document has a table yet")
-    result = program(ROOT, "report.py", "--check")
+    result = program(ROOT, "report/report.py", "--check")
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -86,24 +83,24 @@ def test_every_table_in_the_documents_follows_from_its_csv():
 def test_a_changed_number_is_noticed_and_rewritten(copy, name, source):
     page, results = copy / "docs" / "page.md", copy / "benchmark" / "results" / source
     page.write_text(f"before\n<!-- table:{name} -->\n<!-- /table -->\nafter\n")
-    assert program(copy, "report.py", "--check").returncode == 1
-    assert program(copy, "report.py", "--tables").returncode == 0
+    assert program(copy, "report/report.py", "--check").returncode == 1
+    assert program(copy, "report/report.py", "--tables").returncode == 0
     assert page.read_text().startswith("before\n") and page.read_text().endswith("\nafter\n")
-    assert program(copy, "report.py", "--check").returncode == 0
+    assert program(copy, "report/report.py", "--check").returncode == 0
     write(results, [read(results)[0] | {"return_mean": "123456"}, *read(results)[1:]])
-    result = program(copy, "report.py", "--check")
+    result = program(copy, "report/report.py", "--check")
     assert result.returncode == 1 and f"page.md: {name}" in result.stdout
     assert "123,456" not in page.read_text()  # --check writes nothing
-    program(copy, "report.py", "--tables")
+    program(copy, "report/report.py", "--tables")
     assert "123,456" in page.read_text()
 
 
 def test_unknown_and_unclosed_tables_are_refused(copy):
     page = copy / "docs" / "page.md"
     page.write_text("<!-- table:nonsense -->\n<!-- /table -->\n")
-    assert "nonsense" in program(copy, "report.py", "--tables").stderr
+    assert "nonsense" in program(copy, "report/report.py", "--tables").stderr
     page.write_text("<!-- table:published -->\nno end\n")
-    assert "no <!-- /table -->" in program(copy, "report.py", "--tables").stderr
+    assert "no <!-- /table -->" in program(copy, "report/report.py", "--tables").stderr
 
 
 def test_results_table_says_what_the_runs_did(copy):
@@ -113,13 +110,13 @@ def test_results_table_says_what_the_runs_did(copy):
     write_run(runs, "Ant-v4", 2, [700, *[200] * 5], [2000, *[1000] * 5], num_candidates=8)
     write_run(runs, "Other-v0", 1, [10], [20], total_timesteps=5000)
     output = copy / "benchmark" / "results" / "fpmd_online_cpu.csv"
-    program(copy, "collect.py", *runs.iterdir(), "--output", output)
+    program(copy, "launch/collect.py", *runs.iterdir(), "--output", output)
     known = {"env_id": "Ant-v4", "episodes": 2, "return_std": 1, "mujoco": 3, "gymnasium": 1}
     rows = [known | {"policy": "random", "return_mean": "-29.26"}]
     rows.append(known | {"policy": "zero", "return_mean": "1000.8"})
     write(copy / "benchmark" / "results" / "reference_policies.csv", rows)
     (copy / "docs" / "page.md").write_text("<!-- table:results-cpu -->\n<!-- /table -->\n")
-    result = program(copy, "report.py", "--tables")
+    result = program(copy, "report/report.py", "--tables")
     assert result.returncode == 0, result.stderr
     lines = (copy / "docs" / "page.md").read_text().splitlines()
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
@@ -145,9 +142,9 @@ def test_ablation_pairs_the_seeds(copy):
         noisy = [offset + (seed - 2) * 300 + 100] * 4
         write_run(runs / "b", "Ant-v4", seed, better, noisy, utd=1.0, weight_mode="none")
     output = copy / "benchmark" / "results" / "weight_modes_cpu.csv"
-    program(copy, "collect.py", *runs.glob("*/*"), "--output", output)
+    program(copy, "launch/collect.py", *runs.glob("*/*"), "--output", output)
     (copy / "docs" / "page.md").write_text("<!-- table:weight-modes -->\n<!-- /table -->\n")
-    result = program(copy, "report.py", "--tables")
+    result = program(copy, "report/report.py", "--tables")
     assert result.returncode == 0, result.stderr
     lines = (copy / "docs" / "page.md").read_text().splitlines()
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
@@ -166,13 +163,13 @@ def test_ablation_of_several_scripts(copy):
     runs, output = copy / "runs", copy / "benchmark" / "results" / "short_runs_cpu.csv"
     write_run(runs / "a", "Ant-v4", 1, [1, 2, 3, 4, 900], [10] * 5, total_timesteps=5000)
     write_run(runs / "b", "Ant-v4", 1, [5] * 4, [30] * 4, tau=0.02, total_timesteps=4000)
-    program(copy, "collect.py", *runs.glob("*/*"), "--output", output)
+    program(copy, "launch/collect.py", *runs.glob("*/*"), "--output", output)
     rows = read(output)
     other = [row for row in rows if row["mode"] == "one_step" and not row["flags"]]
     other = [row | {"algorithm": "sac_online", "flags": "--gamma 0.9"} for row in other]
     write(output, rows + other)
     (copy / "docs" / "page.md").write_text("<!-- table:short-runs -->\n<!-- /table -->\n")
-    result = program(copy, "report.py", "--tables")
+    result = program(copy, "report/report.py", "--tables")
     assert result.returncode == 0, result.stderr
     lines = (copy / "docs" / "page.md").read_text().splitlines()
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
@@ -198,9 +195,9 @@ def test_runs_become_tidy_rows(tmp_path):
     empty = tmp_path / "new run"
     empty.mkdir()
     a, b = tmp_path / "a.csv", tmp_path / "b.csv"
-    result = program(ROOT, "collect.py", first, second, unfinished, empty, "--output", a)
+    result = program(ROOT, "launch/collect.py", first, second, unfinished, empty, "--output", a)
     assert result.returncode == 0 and "new run" in result.stderr
-    program(ROOT, "collect.py", empty, unfinished, second, first, "--output", b)
+    program(ROOT, "launch/collect.py", empty, unfinished, second, first, "--output", b)
     assert a.read_bytes() == b.read_bytes()
 
     rows = read(a)
@@ -230,7 +227,7 @@ def test_runs_become_tidy_rows(tmp_path):
 
 def test_the_same_experiment_twice_is_refused(tmp_path):
     runs = [write_run(tmp_path / name, "Ant-v4", 1, [1], [2]) for name in ("first", "second")]
-    result = program(ROOT, "collect.py", *runs, "--output", tmp_path / "out.csv")
+    result = program(ROOT, "launch/collect.py", *runs, "--output", tmp_path / "out.csv")
     assert result.returncode == 1 and "repeats" in result.stderr
 
 
@@ -238,20 +235,20 @@ def test_csvs_of_several_machines_become_one(tmp_path):
     """As if all runs had been on one; seed 10 comes after 9, also where the seeds are text."""
     runs = [write_run(tmp_path, "Ant-v4", seed, [1, seed], [2, 3]) for seed in (9, 10, 11)]
     here, there, whole, merged = (tmp_path / f"{name}.csv" for name in "abcd")
-    program(ROOT, "collect.py", *runs, "--output", whole)
-    program(ROOT, "collect.py", runs[1], "--output", here)
-    program(ROOT, "collect.py", runs[2], "--output", there)
-    result = program(ROOT, "collect.py", there, here, runs[0], "--output", merged)
+    program(ROOT, "launch/collect.py", *runs, "--output", whole)
+    program(ROOT, "launch/collect.py", runs[1], "--output", here)
+    program(ROOT, "launch/collect.py", runs[2], "--output", there)
+    result = program(ROOT, "launch/collect.py", there, here, runs[0], "--output", merged)
     assert result.returncode == 0 and "3 runs" in result.stdout
     assert merged.read_bytes() == whole.read_bytes()
     # into one of its own sources
-    result = program(ROOT, "collect.py", here, there, runs[0], "--output", here)
+    result = program(ROOT, "launch/collect.py", here, there, runs[0], "--output", here)
     assert result.returncode == 0 and here.read_bytes() == whole.read_bytes()
 
-    result = program(ROOT, "collect.py", here, there, "--output", merged)
+    result = program(ROOT, "launch/collect.py", here, there, "--output", merged)
     assert result.returncode == 1 and "repeats" in result.stderr
     (tmp_path / "other.csv").write_text("global_step,updates\n1,2\n")
     for wrong in "other.csv", "none.csv":
-        result = program(ROOT, "collect.py", tmp_path / wrong, here, "--output", merged)
+        result = program(ROOT, "launch/collect.py", tmp_path / wrong, here, "--output", merged)
         assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
         assert wrong in result.stderr and merged.read_bytes() == whole.read_bytes()

@@ -1,14 +1,17 @@
 """What the timing programs share: copies of scripts to time, and where the numbers were made."""
 
+import argparse
 import importlib.util
 import itertools
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
 import torch
-from collect import ROOT, scripts
+
+from benchmark import RESULTS, ROOT, scripts
 
 COPIES = itertools.count()
 
@@ -36,3 +39,28 @@ def provenance(device: torch.device) -> dict:
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     row = {"device": (names or [sys.platform])[0], "threads": torch.get_num_threads()}
     return row | {"torch": torch.__version__, "commit": commit}
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """--device and --threads, which use_machine reads."""
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    text = "CPU threads of torch; unset: what the scripts take, all up to 8"
+    parser.add_argument("--threads", type=int, default=0, help=text)
+
+
+def use_machine(options: argparse.Namespace) -> torch.device:
+    """The device of the options; torch is told its threads."""
+    device = torch.device(options.device)
+    torch.set_num_threads(options.threads or min(8, torch.get_num_threads()))
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # the default one cannot be captured
+    return device
+
+
+def default_output(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, kind: str, partly: list[str]
+) -> Path:
+    """benchmark/results/<kind>_<device>.csv, but a temporary file if one of partly was given."""
+    quick = any(getattr(options, key) != parser.get_default(key) for key in partly)
+    folder = Path(tempfile.mkdtemp()) if quick else RESULTS
+    return folder / f"{kind}_{torch.device(options.device).type}.csv"

@@ -10,15 +10,14 @@ a 99th percentile.
 compiled: generate (all T steps in one), or without one the policy, through torch.compile.
 captured: the eager call recorded as one CUDA graph.
 
-    python benchmark/latency.py
-    python benchmark/latency.py --device cuda
-    python benchmark/latency.py --threads 1 --modes eager --calls 200 --output quick.csv
+    python benchmark/measure/latency.py
+    python benchmark/measure/latency.py --device cuda
+    python benchmark/measure/latency.py --threads 1 --modes eager --calls 200 --output quick.csv
 """
 
 import argparse
 import gc
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,9 +26,17 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from collect import ROOT, scripts, write_csv
-from measuring import load_script, provenance
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
+from benchmark import scripts, write_csv
+from benchmark.measure.measuring import (
+    add_machine_flags,
+    default_output,
+    load_script,
+    provenance,
+    use_machine,
+)
 
 OBS_DIM, ACT_DIM = 27, 8  # Ant-v4's
 BURST = 20  # calls of a case in a row
@@ -151,9 +158,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     several = {"nargs": "+", "metavar": "NAME"}
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
-    text = "CPU threads of torch; unset: what the scripts take, all up to 8"
-    parser.add_argument("--threads", type=int, default=0, help=text)
+    add_machine_flags(parser)
     names = list(dict.fromkeys(policy for policy, _ in POLICIES))
     parser.add_argument("--policies", **several, choices=names, default=names, help="which")
     parser.add_argument("--modes", **several, choices=MODES, default=list(MODES[:2]), help="which")
@@ -167,26 +172,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help=text)
     options = parser.parse_args()
     if options.output is None:
-        partly = "policies", "modes", "batches", "calls"
-        quick = any(getattr(options, key) != parser.get_default(key) for key in partly)
-        folder = Path(tempfile.mkdtemp()) if quick else ROOT / "benchmark" / "results"
-        options.output = folder / f"latency_{torch.device(options.device).type}.csv"
+        partly = ["policies", "modes", "batches", "calls"]
+        options.output = default_output(parser, options, "latency", partly)
     return options
 
 
 def main() -> None:
     options = parse()
-    device = torch.device(options.device)
-    torch.set_num_threads(options.threads or min(8, torch.get_num_threads()))
-    if device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream(device))  # the default one cannot be captured
+    device = use_machine(options)
     found = cases(options, device)
     if not found:
         sys.exit("latency.py: error: nothing to measure")
     time_all(found, options.calls, device)
     rows = to_rows(found, device)
     write_csv(rows, options.output)
-    print(f"wrote {options.output}; benchmark/report.py makes the table")
+    print(f"wrote {options.output}; benchmark/report/report.py makes the table")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ its steps succeed at a task is found out later, when the dataset is loaded for t
     cube-*        OGBench's own planner for picking up and placing a cube, with noise on its plan
     pointmaze-*   along the shortest way through the cells, with noise on every action
 
-    python benchmark/make_dataset.py cube-single --output data/cube-single-play-v0.npz
-    python benchmark/make_dataset.py pointmaze-medium --output data/pointmaze-medium-navigate-v0.npz
+    python benchmark/measure/make_dataset.py cube-single --output data/cube-single-play-v0.npz
+    python benchmark/measure/make_dataset.py pointmaze-medium \\
+        --output data/pointmaze-medium-navigate-v0.npz
 
 The official datasets have 1,000,000 steps, episodes of 1,000; these are meant for tests and for
 runs on a CPU. The same seed gives the same file.

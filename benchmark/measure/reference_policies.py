@@ -5,8 +5,8 @@ the same scale as its evaluations: every episode has its own seed, actions are t
 rescaled box [-1, 1] (zero is the middle of the original one), and return_std is the standard
 deviation over episodes.
 
-    python benchmark/reference_policies.py                      # all environments of the results
-    python benchmark/reference_policies.py --env-ids Ant-v5 --episodes 50 --output ant.csv
+    python benchmark/measure/reference_policies.py              # all tasks of the results
+    python benchmark/measure/reference_policies.py --env-ids Ant-v5 --episodes 50 --output ant.csv
 """
 
 import argparse
@@ -17,12 +17,11 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
-from collect import write_csv
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import fpmd_online as fpmd  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
+import fpmd_online as fpmd
+from benchmark import RESULTS, write_csv
 
 ENV_IDS = [
     "Ant-v4",
@@ -68,7 +67,7 @@ def main() -> None:
     parser.add_argument("--env-ids", nargs="+", default=ENV_IDS, metavar="ID")
     parser.add_argument("--episodes", type=int, default=20, help="per environment and policy")
     parser.add_argument("--seed", type=int, default=1, help="of the episodes and random actions")
-    default = ROOT / "benchmark" / "results" / "reference_policies.csv"
+    default = RESULTS / "reference_policies.csv"
     parser.add_argument("--output", type=Path, default=default, help="CSV to write, as a whole")
     args = parser.parse_args()
     rows = [row for env_id in args.env_ids for row in measure(env_id, args.episodes, args.seed)]

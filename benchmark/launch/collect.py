@@ -4,20 +4,21 @@ Run directories may be finished or still growing. The same directories give the 
 whatever order they are named. The flags column holds what differs from the script's defaults.
 CSVs that this wrote elsewhere may stand among the directories: so machines share a campaign.
 
-    python benchmark/collect.py runs/* --output benchmark/results/fpmd_online_cpu.csv
-    python benchmark/collect.py here.csv there.csv --output benchmark/results/campaign_cpu.csv
+    python benchmark/launch/collect.py runs/* --output benchmark/results/fpmd_online_cpu.csv
+    python benchmark/launch/collect.py a.csv b.csv --output benchmark/results/campaign_cpu.csv
 """
 
 import argparse
 import ast
 import csv
 import json
-import os
 import sys
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
+from benchmark import script_of, write_csv
+
 # flags with a column of their own, and those that change no result
 NOT_A_FLAG = {"env_id", "seed", "total_timesteps", "exp_name", "runs_dir", "device"}
 NOT_A_FLAG |= {"log_every", "eval_every", "eval_episodes", "checkpoint_every", "capture_video"}
@@ -25,21 +26,6 @@ NOT_A_FLAG |= {"track", "wandb_project_name", "wandb_entity", "resume", "evaluat
 NOT_A_FLAG |= {"torch_threads", "async_envs"}
 KEY = "algorithm", "env_id", "flags", "seed"  # what tells one run from another
 VERSIONS = "python", "torch", "gymnasium", "mujoco", "device", "threads", "commit"
-
-
-def scripts() -> dict[str, Path]:
-    """Every script by its name, the baselines' too."""
-    return {
-        path.stem: path for path in [*ROOT.glob("*_online.py"), *ROOT.glob("baselines/*_online.py")]
-    }
-
-
-def script_of(exp_name: str) -> Path:
-    """fpmd_online.py for fpmd_online and for any longer name a variant was given."""
-    candidates = [script for script in scripts().values() if exp_name.startswith(script.stem)]
-    if not candidates:
-        sys.exit(f"collect.py: error: --exp-name {exp_name} begins with the name of no script")
-    return max(candidates, key=lambda script: len(script.stem))
 
 
 @cache
@@ -114,17 +100,6 @@ def gather(sources: list[Path]) -> dict[tuple, list[dict]]:
             sys.exit(f"collect.py: error: {text}")
         runs |= found
     return {key: runs[key] for key in sorted(runs)}
-
-
-def write_csv(rows: list[dict], output: Path) -> None:
-    """One CSV of all rows; whoever reads it meanwhile sees the old file or the new one."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f"{output.name}.{os.getpid()}.tmp")
-    with unfinished.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    unfinished.replace(output)
 
 
 def main() -> None:

@@ -10,9 +10,9 @@ scores of its runs, which may be of different number. Resamples may come before 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
+from scipy import stats
 
 LAST = 5  # evaluations averaged at the end of a run
 SHARE = 0.2  # of a given wall time, its last part, over which a curve is averaged
@@ -22,17 +22,9 @@ Scores = list[np.ndarray]  # per task (..., runs)
 
 
 # ---------------------------------------------------------------------------- over seeds
-@cache
 def student_t(freedom: float, level: float = LEVEL) -> float:
-    """The x with P(|T| < x) = level, T of Student's law with that many degrees of freedom, >= 1.
-
-    With T = sqrt(freedom) tan(angle) the density of the angle is proportional to
-    cos(angle)^(freedom - 1) on (-pi/2, pi/2), which is summed by the trapezoid rule.
-    """
-    angles = np.linspace(0, np.pi / 2, 100_001)
-    density = np.cos(angles) ** (freedom - 1)
-    mass = np.append(0, np.cumsum(density[1:] + density[:-1]))
-    return float(np.sqrt(freedom) * np.tan(np.interp(level * mass[-1], mass, angles)))
+    """The x with P(|T| < x) = level, T of Student's law with that many degrees of freedom."""
+    return float(stats.t.ppf((1 + level) / 2, freedom))
 
 
 def interval(values: Iterable[float]) -> float:

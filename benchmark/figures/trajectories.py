@@ -7,8 +7,8 @@ distance between what T steps reach and what 200 Euler steps reach from the same
 right: the same for T = 1 during training, next to the spread of the actions. FPMD-M's Euler steps
 follow its instantaneous velocity u(s, z, t, t). Needs matplotlib (benchmark/requirements.txt).
 
-    python benchmark/figure_trajectories.py --train runs/trajectories     # all: about an hour
-    python benchmark/figure_trajectories.py --policies runs/trajectories  # draws it again
+    python benchmark/figures/trajectories.py --train runs/trajectories     # all: about an hour
+    python benchmark/figures/trajectories.py --policies runs/trajectories  # draws it again
 
 The first trains what the folder lacks (stopped and started again, it goes on from the last policy),
 measures all of them into benchmark/results/one_step_error.csv and draws; the second only draws.
@@ -27,25 +27,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from io import BytesIO
 from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-import matplotlib
 import torch
-from collect import write_csv
-from PIL import Image
 from torch import Generator, Tensor, nn
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import fpmd_meanflow_online  # noqa: E402
-import fpmd_online  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
+import fpmd_meanflow_online
+import fpmd_online
+from benchmark import FIGURES, RESULTS, write_csv
+from benchmark.report import style
 
 ENV_ID, SEED = "Reacher-v4", 1
 STEPS = 2_000, 3_000, 5_000, 8_000, 13_000, 20_000, 40_000  # when policies are put aside
@@ -54,13 +48,11 @@ FLAGS = f"--env-id {ENV_ID} --seed {SEED} --learning-starts 1000 --utd 0.5 --num
 FLAGS += "--hidden-dim 128 --alpha-interval 50 --eval-every 1000 --compile --torch-threads 1"
 SCRIPTS = {fpmd_online: "--flow-steps 10", fpmd_meanflow_online: ""}  # and flags of one alone
 NAMES = {fpmd_online: "FPMD-R", fpmd_meanflow_online: "FPMD-M"}
-COLOURS = {fpmd_online: "#117733", fpmd_meanflow_online: "#882255"}
 
 EPISODES, EPISODE_STEPS, RESET_SEED = 4, 50, 0  # 200 observations; no run of SEED has these
 NOISES, FLOW_STEPS, FINE = 50, (1, 2, 3, 5, 10, 20, 50), 200
 DRAWN_STEP, DRAWN_NOISES = 10, 20  # of the first episode; per panel
-BLUE, ORANGE, GREY, DARK = "#0072B2", "#D55E00", "0.7", "0.35"
-CSV = ROOT / "benchmark" / "results" / "one_step_error.csv"
+CSV = RESULTS / "one_step_error.csv"
 
 
 def fail(message: str) -> NoReturn:
@@ -212,18 +204,21 @@ def draw_paths(panel, folder: Path, script: ModuleType, step: int, obs: Tensor) 
     paths, once = follow(script, policy, obs, z, FINE), script.generate(policy, obs, z, 1)
     if script is fpmd_online:
         torch.testing.assert_close(paths[-1], script.generate(policy, obs, z, FINE))
-    panel.add_patch(plt.Rectangle((-1, -1), 2, 2, fill=False, color="0.85", lw=0.8, zorder=0))
-    panel.plot(*paths.unbind(2), color=GREY, lw=1.6, zorder=1)
-    panel.plot(*torch.stack([z, once]).unbind(2), color=ORANGE, lw=0.5, zorder=2)
-    panel.scatter(*z.T, s=8, color=DARK, lw=0, zorder=3, label="noise")
+    panel.add_patch(
+        style.pyplot().Rectangle((-1, -1), 2, 2, fill=False, color="0.85", lw=0.8, zorder=0)
+    )
+    panel.plot(*paths.unbind(2), color=style.GREY, lw=1.6, zorder=1)
+    panel.plot(*torch.stack([z, once]).unbind(2), color=style.SECOND, lw=0.5, zorder=2)
+    panel.scatter(*z.T, s=8, color=style.DARK, lw=0, zorder=3, label="noise")
     fine, one = (
         f"after {FINE} Euler steps along the velocity (grey)",
         "after one network evaluation",
     )
-    panel.scatter(*paths[-1].T, s=20, color=BLUE, lw=0, zorder=4, label=fine)
-    panel.scatter(*once.T, s=18, color=ORANGE, marker="x", lw=1.0, zorder=5, label=one)
+    panel.scatter(*paths[-1].T, s=20, color=style.FIRST, lw=0, zorder=4, label=fine)
+    panel.scatter(*once.T, s=18, color=style.SECOND, marker="x", lw=1.0, zorder=5, label=one)
     panel.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal", xticks=[], yticks=[])
     panel.set_title(label(script, step))
+    panel.spines[:].set_visible(False)
     panel.set_xlabel(f"{step:,} steps, return {one_step_return(folder, script, step):.1f}")
 
 
@@ -238,10 +233,10 @@ def select(rows: list[dict], script: ModuleType, **key: int) -> list[dict]:
     return [row for row in rows if key.items() <= row.items()]
 
 
-def draw_curve(panel, x: tuple, y: list[float], text: str, script: ModuleType, style: str) -> None:
+def draw_curve(panel, x: tuple, y: list[float], text: str, script: ModuleType, line: str) -> None:
     """A line with its name before the first point."""
-    colour = COLOURS[script]
-    panel.plot(x, y, style, color=colour, ms=4, lw=1.2)
+    colour = style.ALGORITHMS[script.__name__]
+    panel.plot(x, y, line, color=colour, ms=4, lw=1.2)
     place = {"textcoords": "offset points", "ha": "right", "va": "center", "color": colour}
     panel.annotate(text, (x[0], y[0]), (-7, 0), **place)
 
@@ -250,8 +245,8 @@ def draw_steps(panel, rows: list[dict]) -> None:
     """Error against the number of steps, early and late."""
     for script, step in product(SCRIPTS, (EARLY, LATE)):
         errors = [row["error"] for row in select(rows, script, global_step=step)]
-        style = "o--" if step == EARLY else "o-"
-        draw_curve(panel, FLOW_STEPS, errors, label(script, step), script, style)
+        line = "o--" if step == EARLY else "o-"
+        draw_curve(panel, FLOW_STEPS, errors, label(script, step), script, line)
     panel.set(xscale="log", yscale="log", xlim=(0.17, 60))
     panel.set_xticks(FLOW_STEPS, FLOW_STEPS)
     panel.set_xticks([], minor=True)
@@ -261,9 +256,9 @@ def draw_steps(panel, rows: list[dict]) -> None:
 
 def draw_training(panel, rows: list[dict]) -> None:
     """One-step error, and the spread of the actions, against environment steps."""
-    for script, (name, style) in product(SCRIPTS, {"error": "o-", "spread": ":"}.items()):
+    for script, (name, line) in product(SCRIPTS, {"error": "o-", "spread": ":"}.items()):
         values = [row[name] for row in select(rows, script, flow_steps=1)]
-        draw_curve(panel, STEPS, values, f"{NAMES[script]} {name}", script, style)
+        draw_curve(panel, STEPS, values, f"{NAMES[script]} {name}", script, line)
     panel.set(xscale="log", yscale="log", xlim=(STEPS[0] / 5, STEPS[-1] * 1.2))
     panel.set_xticks(STEPS, [f"{step // 1000}k" for step in STEPS])
     ticks = 0.02, 0.05, 0.1, 0.2, 0.5
@@ -278,19 +273,15 @@ def draw(folder: Path, rows: list[dict], output: Path) -> None:
     """Four panels of paths above the two of errors."""
     policy, prior_std = load_policy(folder, fpmd_online, LATE)
     obs = visited(fpmd_online, policy, prior_std)[DRAWN_STEP, :1]
-    plt.rcParams |= {"font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold"}
-    figure = plt.figure(figsize=(8, 5.3), layout="constrained")
+    figure = style.pyplot().figure(figsize=(style.WIDTH, 5.3))
     *paths, steps, training = figure.subplot_mosaic("abcd;eeff", height_ratios=(1, 1.15)).values()
     for panel, (script, step) in zip(paths, product(SCRIPTS, (EARLY, LATE)), strict=True):
         draw_paths(panel, folder, script, step, obs)
     handles, labels = paths[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=3)
     draw_steps(steps, rows)
     draw_training(training, rows)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(buffer := BytesIO(), dpi=200)
-    Image.open(buffer).convert("RGB").quantize(128).save(output, optimize=True)  # a third the size
-    print(f"drew {output}")
+    style.save(figure, output)
 
 
 @torch.no_grad()
@@ -301,7 +292,7 @@ def main() -> None:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--train", type=Path, metavar="FOLDER", help="train, measure and draw")
     where.add_argument("--policies", type=Path, metavar="FOLDER", help="draw, from --csv")
-    default = ROOT / "docs" / "figures" / "trajectories.png"
+    default = FIGURES / "trajectories.png"
     parser.add_argument("--output", type=Path, default=default, help="picture to write")
     parser.add_argument("--csv", type=Path, default=CSV, help="the measurements")
     args = parser.parse_args()

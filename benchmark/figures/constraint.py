@@ -6,8 +6,8 @@ z_r = F_r^-1(F_t(z_t)) with the distribution functions F of the mixture, and u =
 benchmark/results/constraint.csv, the picture to docs/figures/constraint.png. About ten minutes
 on one core; needs matplotlib (benchmark/requirements.txt).
 
-    python benchmark/figure_constraint.py
-    python benchmark/figure_constraint.py --redraw  # errors from the CSV
+    python benchmark/figures/constraint.py
+    python benchmark/figures/constraint.py --redraw  # errors from the CSV
 """
 
 import argparse
@@ -17,19 +17,17 @@ import statistics
 import sys
 from pathlib import Path
 
-import matplotlib
+import numpy as np
 import torch
-from collect import write_csv
+from scipy import stats
 from torch import Tensor
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
+from benchmark import ROOT, write_csv
+from benchmark.report import style
+from mvp_online import MeanVelocityField, generate, policy_loss
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from mvp_online import MeanVelocityField, generate, policy_loss  # noqa: E402
-
-BLUE, ORANGE, GREY, DARK = "#0072B2", "#D55E00", "0.75", "0.35"
+BLUE, ORANGE = style.FIRST, style.SECOND
 MODE, MODE_STD = 0.7, 0.15  # modes at +-MODE
 LAMBDAS = 0.0, 0.5, 1.0
 SEEDS = range(5)
@@ -107,10 +105,10 @@ def errors(policy: MeanVelocityField, samples: int = 4000) -> dict[str, float]:
 
 def draw_flow(panel) -> None:
     """The exact flow's trajectories, and the jumps that the mean velocity makes of them."""
-    noise = distribution_points(torch.linspace(0.03, 0.97, 16, dtype=torch.float64)[:, None])
+    noise = torch.from_numpy(stats.norm.ppf(np.linspace(0.03, 0.97, 16)))[:, None]
     times = torch.linspace(0, 1, 60, dtype=torch.float64)
     paths = torch.cat([flow(noise, torch.zeros_like(noise), t.expand_as(noise)) for t in times], 1)
-    panel.plot(times, paths.T, color=GREY, lw=1)
+    panel.plot(times, paths.T, color=style.GREY, lw=1)
     for path in paths[::3]:
         panel.annotate(
             "", (1, path[-1]), (0, path[0]), arrowprops={"arrowstyle": "->", "color": BLUE}
@@ -118,22 +116,17 @@ def draw_flow(panel) -> None:
     panel.set(title="Flow and jumps", xlabel="t: noise to action", ylabel="z")
 
 
-def distribution_points(p: Tensor) -> Tensor:
-    """Standard normal quantiles."""
-    return math.sqrt(2) * torch.erfinv(2 * p - 1)
-
-
 def draw_boundary(panel, policies: dict[float, MeanVelocityField], time: float = 0.6) -> None:
     """u(z, t, t) against the velocity it should be, at one time."""
     z = torch.linspace(-1.4, 1.4, 200)[:, None]
     t, obs = torch.full_like(z, time), torch.zeros_like(z)
-    panel.plot(z, velocity(z, t), color=DARK, lw=3, alpha=0.35)
+    panel.plot(z, velocity(z, t), color=style.DARK, lw=3, alpha=0.35)
     panel.annotate("exact v", (z[0], velocity(z, t)[0]), (10, -3), textcoords="offset points",
-                   color=DARK)  # fmt: skip
+                   color=style.DARK)  # fmt: skip
     for (ivc_coef, policy), colour in zip(policies.items(), (ORANGE, BLUE), strict=True):
         with torch.no_grad():
             panel.plot(z, policy(obs, z, t, t), color=colour, lw=1.2, label=f"λ = {ivc_coef:g}")
-    panel.legend(frameon=False, loc="upper right")
+    panel.legend(loc="upper right")
     panel.set(title=f"u(z, t, t) at t = {time:g}", xlabel="z")
 
 
@@ -177,16 +170,13 @@ def main() -> None:
             rows = list(csv.DictReader(file))
     else:
         write_csv(rows, results)
-
-    plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 2.9), layout="constrained")
+        print(f"wrote {results}")
+    figure, (left, middle, right) = style.grid_of_panels(3, 2.9)
     draw_flow(left)
     draw_boundary(middle, {key: policies[key] for key in (0.0, 1.0)})
     draw_errors(right, rows)
     picture = args.output / "docs" / "figures" / "constraint.png"
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=200, pil_kwargs={"optimize": True})
-    print(f"wrote {results} and {picture}")
+    style.save(figure, picture)
 
 
 if __name__ == "__main__":

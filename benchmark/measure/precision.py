@@ -9,21 +9,21 @@ noise in float32 and bfloat16:
                  and how much Q that loses; alone, with the last layer in float32 (head), and with
                  the best 4 ranked again in float32
 
-    python benchmark/precision.py runs/<run> [runs/<run> ...]
+    python benchmark/measure/precision.py runs/<run> [runs/<run> ...]
 """
 
 import argparse
-import importlib
 import json
 import sys
 from pathlib import Path
 
-import collect
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
+from benchmark import RESULTS, script_of, write_csv
+from benchmark.measure.measuring import load_script
+
 STATES, CANDIDATES, AGAIN = 4096, 32, 4
 
 
@@ -51,8 +51,8 @@ def judge(chosen: Tensor, q: Tensor) -> dict:
 def measure(run_dir: str) -> list[dict]:
     """Rows of the CSV for one run."""
     stored = json.loads((Path(run_dir) / "args.json").read_text())
-    name = collect.script_of(stored["exp_name"]).stem
-    script = importlib.import_module(name)
+    name = script_of(stored["exp_name"]).stem
+    script = load_script(name)
     _, saved = script.load(run_dir, "checkpoint.pt")
     args = script.Args(**saved["args"])
     args.num_candidates = CANDIDATES
@@ -93,14 +93,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", help="run directories with a checkpoint")
-    default = ROOT / "benchmark" / "results" / "precision.csv"
+    default = RESULTS / "precision.csv"
     parser.add_argument("--output", type=Path, default=default, help="CSV to write")
     options = parser.parse_args()
     rows = [row for run_dir in options.runs for row in measure(run_dir)]
     for row in rows:
         row |= {k: f"{v:.6g}" for k, v in row.items() if isinstance(v, float)}
-    collect.write_csv(rows, options.output)
-    print(f"wrote {options.output}; benchmark/report.py makes the table")
+    write_csv(rows, options.output)
+    print(f"wrote {options.output}; benchmark/report/report.py makes the table")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""How the report reads CSVs, writes numbers and tables, and places the labels of figures."""
+"""How the report reads CSVs, and writes numbers, words and tables."""
 
 import csv
+import math
 import re
 import statistics
 import sys
-from itertools import pairwise
 from pathlib import Path
 
-from campaign import interval
-
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS, FIGURES = ROOT / "benchmark" / "results", ROOT / "docs" / "figures"
+from benchmark import RESULTS
+from benchmark.report.intervals import interval
 
 
 def read(path: Path) -> list[dict]:
@@ -36,6 +34,11 @@ def markdown(rows: list[dict]) -> str:
     numeric = [all(re.match(r"[-+?\d]", c) for c in column) for column in zip(*table, strict=True)]
     lines = [rows[0], ["--:" if right else ":--" for right in numeric], *table]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def table_with_note(rows: list[dict], note: str) -> str:
+    """What stands between two markers: the table and, below it, what its numbers are."""
+    return f"{markdown(rows)}\n\n{note}"
 
 
 def joined(rows: list[dict], column: str) -> str:
@@ -67,6 +70,16 @@ def hardware(rows: list[dict]) -> str:
     return f"{joined(rows, 'device')}, {threads} thread{'s' * (threads != '1')}"
 
 
+def made_with(rows: list[dict]) -> str:
+    """The end of most notes: hardware, torch, commit."""
+    return f"{hardware(rows)}, torch {joined(rows, 'torch')}, commit {commits(rows)}."
+
+
+def made_on(rows: list[dict]) -> str:
+    """The same for a GPU, where the CPU's threads say little."""
+    return f"{joined(rows, 'device')}, torch {joined(rows, 'torch')}, commit {commits(rows)}."
+
+
 def across_seeds(values: list[float]) -> str:
     """The mean, with Student's 95% interval if there are several seeds."""
     mean = number(statistics.fmean(values))
@@ -79,44 +92,21 @@ def references() -> dict:
     return {(row["env_id"], row["policy"]): float(row["return_mean"]) for row in rows}
 
 
-# ---------------------------------------------------------------------------- figures
-def pyplot():
-    """matplotlib without a screen, in the report's style."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    return plt
+def listed(words: list[str]) -> str:
+    """a, b and c."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
 
 
-def save(figure, output: Path) -> None:
-    from PIL import Image  # matplotlib needs it too
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=200)
-    Image.open(output).convert("RGB").quantize(128).save(output, optimize=True)  # a third the size
-    print(f"drew {output.relative_to(ROOT) if output.is_relative_to(ROOT) else output}")
+def duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 7200 else f"{seconds / 60:.0f} min"
 
 
-def spread_out(heights: list[float], gap: float) -> list[float]:
-    """Heights for labels: near the given ones, in their order, at least gap apart."""
-    order, placed = sorted(range(len(heights)), key=heights.__getitem__), list(heights)
-    for _ in range(100):  # neighbours push each other away
-        for below, above in pairwise(order):
-            push = max(0, gap - (placed[above] - placed[below])) / 2
-            placed[below], placed[above] = placed[below] - push, placed[above] + push
-    return placed
+def signed(difference: float, half_width: float) -> str:
+    """+120 ± 45; without an interval if there is none."""
+    text = "+" * int(difference > 0) + number(difference)
+    return text if math.isnan(half_width) else f"{text} ± {number(half_width)}"
 
 
-def label_ends(panel, labels: list[tuple], gap: float, x: float = 1.02, **style) -> None:
-    """Beside the panel, at x of its width: (height, text, colour) each, at least gap apart."""
-    heights = spread_out([height for height, _, _ in labels], gap)
-    for height, (_, text, colour) in zip(heights, labels, strict=True):
-        place = {"xycoords": ("axes fraction", "data"), "va": "center"}
-        panel.annotate(text, (x, height), color=colour, **place, **style)
-
-
-def thousands(steps: float, _) -> str:
-    return f"{steps / 1e6:g}M" if steps >= 1e6 else f"{steps / 1e3:g}k" if steps else "0"
+def bracketed(value: float, ends) -> str:
+    """0.53 [0.41, 0.66]."""
+    return f"{value:.2f} [{ends[0]:.2f}, {ends[1]:.2f}]"

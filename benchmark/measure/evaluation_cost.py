@@ -3,7 +3,7 @@
 A row is logged before the evaluation of the same step, so that the stretch after it holds the
 evaluation of all modes; the other stretches of a run are training alone. Both are medians.
 
-    python benchmark/evaluation_cost.py runs/* --output benchmark/results/evaluation_cost_cpu.csv
+    python benchmark/measure/evaluation_cost.py runs/* --output evaluation_cost_cpu.csv
 """
 
 import argparse
@@ -14,7 +14,8 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-from collect import script_of, write_csv
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
+from benchmark import script_of, write_csv
 
 
 def measure(run_dir: Path) -> dict | None:

@@ -6,7 +6,7 @@ target's mean. A concentrated one leaves them straight, and one step ends where 
 panel has the distance between one step and 200 from the same noise, against the standard
 deviation of the target. Needs matplotlib (benchmark/requirements.txt).
 
-    python benchmark/figure_one_step.py
+    python benchmark/figures/one_step.py
 """
 
 import argparse
@@ -14,18 +14,14 @@ import math
 import sys
 from pathlib import Path
 
-import matplotlib
 import torch
 from torch import Tensor
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
+from benchmark import FIGURES
+from benchmark.report import style
+from fpmd_online import Args, VelocityField, generate, policy_loss
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from fpmd_online import Args, VelocityField, generate, policy_loss  # noqa: E402
-
-BLUE, ORANGE, GREY, DARK = "#0072B2", "#D55E00", "0.7", "0.35"
 MODES = torch.tensor([[-0.5, -0.5], [-0.5, 0.5], [0.5, -0.5], [0.5, 0.5]])
 MODE_STD = 0.05  # of each mode
 CENTRE = torch.tensor([[0.35, 0.25]])
@@ -85,23 +81,28 @@ def draw_flow(panel, policy: VelocityField, title: str, caption: str) -> None:
     """Trajectories from noise, with the ends of 20 Euler steps and of one."""
     z = PRIOR_STD * torch.randn((50, 2), generator=torch.Generator().manual_seed(45))
     paths, once = trajectories(policy, z), sample(policy, z, 1)
-    panel.plot(*paths.unbind(2), color=GREY, lw=0.8, zorder=1)
-    panel.scatter(*z.T, s=9, color=DARK, lw=0, zorder=2, label="noise")
-    panel.scatter(*paths[-1].T, s=24, color=BLUE, lw=0, zorder=3, label="after 20 Euler steps")
-    panel.scatter(*once.T, s=22, color=ORANGE, marker="x", lw=1.2, zorder=4, label="after 1 step")
+    panel.plot(*paths.unbind(2), color=style.GREY, lw=0.8, zorder=1)
+    panel.scatter(*z.T, s=9, color=style.DARK, lw=0, zorder=2, label="noise")
+    panel.scatter(
+        *paths[-1].T, s=24, color=style.FIRST, lw=0, zorder=3, label="after 20 Euler steps"
+    )
+    panel.scatter(
+        *once.T, s=22, color=style.SECOND, marker="x", lw=1.2, zorder=4, label="after 1 step"
+    )
     panel.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal", xticks=[], yticks=[])
     panel.set(title=title, xlabel=caption)
+    panel.spines[:].set_visible(False)
 
 
 def draw_error(panel, errors: dict[float, float], modes_error: float) -> None:
     """One-step error against the target's standard deviation, both dimensions together."""
     stds = [math.sqrt(2) * std for std in errors]
     modes_std = math.sqrt(MODES.square().sum(1).mean() + 2 * MODE_STD**2)
-    panel.plot((0, 1), (0, 1), color=GREY, lw=1.2, ls="--", zorder=0)
-    along = {"rotation": 45, "rotation_mode": "anchor", "color": DARK}
+    panel.plot((0, 1), (0, 1), color=style.GREY, lw=1.2, ls="--", zorder=0)
+    along = {"rotation": 45, "rotation_mode": "anchor", "color": style.DARK}
     panel.annotate("error = standard deviation", (0.2, 0.2), (-3, 3), **along, **OFFSET)
-    panel.plot(stds, errors.values(), "o", color=ORANGE, ms=5)
-    panel.plot(modes_std, modes_error, "s", color=ORANGE, ms=5)
+    panel.plot(stds, errors.values(), "o", color=style.SECOND, ms=5)
+    panel.plot(modes_std, modes_error, "s", color=style.SECOND, ms=5)
     panel.annotate("four modes", (modes_std, modes_error), (-8, 4), ha="right", **OFFSET)
     panel.annotate("one Gaussian", (stds[-1], errors[STDS[-1]]), (0, 7), ha="center", **OFFSET)
     panel.set(xlim=(0, 0.8), ylim=(0, 0.8), box_aspect=1, title="Error of one step")
@@ -114,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = ROOT / "docs" / "figures" / "one_step.png"
+    default = FIGURES / "one_step.png"
     parser.add_argument("--output", type=Path, default=default, help="picture to write")
     parser.add_argument("--steps", type=int, default=4000, help="training steps per target")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
@@ -124,26 +125,23 @@ def main() -> None:
     late = {std: train(CENTRE, std, args.steps) for std in STDS}
     errors = {std: one_step_error(policy) for std, policy in late.items()}
 
-    plt.rcParams |= {"font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold"}
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(8, 3.35), layout="constrained")
+    figure, (left, middle, right) = style.grid_of_panels(3, 3.35)
     draw_flow(
         left,
         early,
-        "Early in training",
-        "Target actions far apart: paths\nbend, one step ends at their mean",
+        "Spread-out targets",
+        "paths bend, and one step\nends at the mean of the targets",
     )
     draw_flow(
         middle,
         late[LATE_STD],
-        "Late in training",
-        "Target actions close together:\nstraight paths, one step is enough",
+        "Concentrated targets",
+        "paths are straight, and\none step is enough",
     )
     draw_error(right, errors, one_step_error(early))
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=3, frameon=False)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.output, dpi=200, pil_kwargs={"optimize": True})
-    print(f"drew {args.output}")
+    figure.legend(handles, labels, loc="outside lower left", ncols=3)
+    style.save(figure, args.output)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,82 @@
+"""Figures of training runs of one algorithm: returns and success rates against steps."""
+
+import textwrap
+from pathlib import Path
+
+import numpy as np
+
+from benchmark.report import style
+from benchmark.report.formatting import references
+from benchmark.report.training_runs import (
+    curve,
+    experiments,
+    last,
+    names,
+    offline_steps,
+    successes,
+)
+
+
+def draw_learning_curves(path: Path, output: Path) -> None:
+    """A panel per experiment: both evaluation modes against environment steps."""
+    found, reference = experiments(path), references()
+    own_names = names(found)
+    figure, panels = style.grid_of_panels(len(found), 2.6, columns=2)
+    for panel, (key, seeds) in zip(panels, found.items(), strict=True):
+        (algorithm, env_id, _), own = key, own_names[key][1]
+        end = last(next(iter(seeds.values())))
+        labels = []  # (height, text, colour), beside the right end
+        for mode, text, colour, dashes in (
+            ("best_of_n", f"best of {end['num_candidates']}", style.DARK, style.DASHES),
+            ("one_step", "one step", style.ALGORITHMS[algorithm], "-"),
+        ):
+            curves = [curve(run, mode) for run in seeds.values()]
+            length = min(len(returns) for _, returns in curves)
+            steps, values = curves[0][0][:length], np.array([r[:length] for _, r in curves])
+            style.draw_seeds(panel, steps, values, colour, dashes)
+            labels.append((values.mean(0)[-1], text, colour))
+        for policy, text in ("zero", "zero action"), ("random", "random"):
+            if (env_id, policy) in reference:
+                height = reference[env_id, policy]
+                panel.axhline(height, color="0.5", ls=":", lw=1, zorder=0)
+                labels.append((height, text, "0.5"))
+        low, high = panel.get_ylim()
+        style.label_ends(panel, labels, 0.075 * (high - low))
+        panel.set_ylim(low, high)
+        panel.set_xlim(0, steps[-1])
+        panel.locator_params(axis="x", nbins=4)
+        panel.xaxis.set_major_formatter(style.thousands)
+        panel.yaxis.set_major_formatter(style.with_commas)
+        panel.grid(axis="y")
+        count = f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
+        setting = f"N = {end['num_candidates']}, T = {end['nfe']}, {count}"
+        own = f"UTD {end['utd']} {own}" if own else ""  # what tells this panel from another
+        own = textwrap.wrap(own, 50, break_on_hyphens=False)
+        panel.set_title("\n".join([f"{env_id}  ({setting})", *own]))
+    figure.supxlabel("environment steps", fontsize="medium")
+    figure.supylabel("evaluation return", fontsize="medium")
+    style.save(figure, output)
+
+
+def draw_success_rates(path: Path, output: Path) -> None:
+    """Success of best of N against steps, a line per variant, the online phase shaded."""
+    found = experiments(path)
+    variants = names(found)
+    figure, (panel,) = style.grid_of_panels(1, 3)
+    ends = []
+    colours = style.FIRST, style.SECOND, style.THIRD, style.FOURTH
+    for key, colour in zip(sorted(found, key=lambda k: variants[k][1]), colours, strict=False):
+        runs = [successes(run, "best_of_n") for run in found[key].values()]
+        steps = sorted(set.intersection(*map(set, runs)))
+        values = np.array([[run[step] for step in steps] for run in runs])
+        style.draw_seeds(panel, steps, values, colour)
+        ends.append((values.mean(0)[-1], variants[key][1] or "the default", colour))
+        panel.axvspan(offline_steps(key), steps[-1], color="0.95", lw=0, zorder=0)
+    style.label_ends(panel, ends, 7)
+    beside = {"textcoords": "offset points", "va": "top", "color": style.DARK}
+    panel.annotate("online", (offline_steps(key), 97), (4, 0), **beside)
+    panel.set(ylim=(0, 100), ylabel="success rate, %", xlabel="steps, offline then online")
+    panel.set_xlim(0, steps[-1])
+    panel.xaxis.set_major_formatter(style.thousands)
+    panel.grid(axis="y")
+    style.save(figure, output)

@@ -1,0 +1,39 @@
+"""The table of latency.py."""
+
+import math
+from pathlib import Path
+
+from benchmark.report import formatting as fmt
+from benchmark.report.formatting import table_with_note
+
+
+def latency(path: Path) -> str:
+    """Milliseconds per action, a row per policy and batch; ratios to a sampled SAC action."""
+    rows, table = fmt.read(path), []
+    by = {(r["batch"], r["policy"], r["steps"], r["mode"]): r for r in rows}
+    modes = dict.fromkeys(row["mode"] for row in rows)
+    names = {"SAC, sampled": "a sampled SAC action", "SAC": "SAC's mean action"}
+    policies = {row["policy"] for row in rows}
+    standard = next((name for name in names if name in policies), None)
+    cases = dict.fromkeys((row["batch"], row["policy"], row["steps"]) for row in rows)
+    for batch, policy, steps in sorted(cases, key=lambda case: int(case[0])):
+        line = {"actions at once": batch, "policy": policy, "network evaluations": steps}
+        for mode in modes:
+            row = by.get((batch, policy, steps, mode))
+            kinds = "median", "mean", "p99"
+            cells = [fmt.digits(float(row[f"{kind}_ms"])) if row else "-" for kind in kinds]
+            line |= {f"{mode}: {kind}": cell for kind, cell in zip(kinds, cells, strict=True)}
+            reference = by.get((batch, standard, "1", mode))
+            known = row and reference
+            ratio = float(row["median_ms"]) / float(reference["median_ms"]) if known else math.nan
+            line[f"{mode}: against SAC"] = f"{ratio:.2f} x" if known else "-"
+        table.append(line)
+    first = rows[0]
+    note = (
+        "Milliseconds of a call, from an observation on the device to actions on the CPU; ratios "
+        f"of medians to {names.get(standard, 'SAC')}. Interleaved rounds of one run, "
+        f"{first['calls']} calls each, Ant-v4's sizes. {first['hardware']}, {first['threads']} "
+        f"thread{'s' * (first['threads'] != '1')}, torch {first['torch']}, commit "
+        f"{fmt.commits(rows)}."
+    )
+    return table_with_note(table, note)

@@ -1,0 +1,204 @@
+"""Tables of training runs: results, ablations, success rates, and what they are compared with."""
+
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from benchmark.report import formatting as fmt
+from benchmark.report.formatting import table_with_note
+from benchmark.report.intervals import LAST, interval
+from benchmark.report.training_runs import (
+    curve,
+    experiments,
+    last,
+    names,
+    offline_steps,
+    split_flags,
+    successes,
+)
+
+ABLATION_LAST = 3  # the same in short runs that are compared with each other
+
+
+def results(path: Path) -> str:
+    table, flags, episodes, reference = [], [], set(), fmt.references()
+    found = experiments(path)
+    for key, seeds in found.items():
+        (env_id, own), flag = names(found)[key], key[-1]
+        name = env_id + f" `{own}`" * bool(own)
+        ends = [last(run) for run in seeds.values()]
+        end = min(ends, key=lambda row: int(row["global_step"]))
+        steps, planned = int(end["global_step"]), int(end["total_timesteps"])
+        row = {
+            "environment": name,
+            "N, T, UTD": f"{end['num_candidates']}, {end['nfe']}, {end['utd']}",
+            "steps": f"{steps:,}" if steps == planned else f"{steps:,} of {planned:,}",
+            "updates": f"{int(end['updates']):,}",
+            "seeds": len(seeds),
+            "hours": fmt.hours(statistics.fmean(float(e["wall_time"]) for e in ends)),
+        }
+        for mode, title in ("one_step", "one step"), ("best_of_n", "best of N"):
+            curves = [curve(run, mode)[1] for run in seeds.values()]
+            row[title] = fmt.across_seeds([statistics.fmean(returns[-LAST:]) for returns in curves])
+            row[f"{title}, best"] = fmt.across_seeds([max(returns) for returns in curves])
+        for policy, title in ("random", "random"), ("zero", "zero action"):
+            known = (env_id, policy) in reference
+            row[title] = fmt.number(reference[env_id, policy]) if known else "?"
+        table.append(row | {"hardware": fmt.hardware(ends), "commit": fmt.commits(ends)})
+        flags.append(f"{env_id} `--total-timesteps {planned}{' ' * bool(flag)}{flag}`")
+        episodes |= {len(row["returns"].split()) for run in seeds.values() for row in run}
+    several = any(row["seeds"] > 1 for row in table)
+    spread = ", ± Student's 95% interval over seeds" if several else ""
+    note = (
+        f"Returns are the mean of the last {LAST} evaluations of "
+        f"{fmt.joined_numbers(episodes)} episodes{spread}; *best* is the best "
+        f"evaluation so far. Flags beyond the defaults: {'; '.join(flags)}."
+    )
+    return table_with_note(table, note)
+
+
+def last_evaluations(path: Path) -> str:
+    """The very last evaluation of every run, to set beside single figures of other people's."""
+    table = []
+    for (_, env_id, _), seeds in experiments(path).items():
+        for seed, run in seeds.items():
+            end = last(run)
+            row = {"environment": env_id, "seed": seed, "steps": f"{int(end['global_step']):,}"}
+            row |= {"updates": f"{int(end['updates']):,}"}
+            for mode, title in ("one_step", "one step"), ("best_of_n", "best of N"):
+                row[title] = fmt.number(curve(run, mode)[1][-1])
+            table.append(row)
+    return fmt.markdown(table)
+
+
+def cut(found: dict) -> dict:
+    """The same, all runs of a script on a task up to where the shortest of them ends."""
+    ends = defaultdict(list)
+    for key, seeds in found.items():
+        ends[key[:2]] += [int(rows[-1]["global_step"]) for rows in seeds.values()]
+    return {
+        key: {
+            seed: [row for row in rows if int(row["global_step"]) <= min(ends[key[:2]])]
+            for seed, rows in seeds.items()
+        }
+        for key, seeds in found.items()
+    }
+
+
+def ablation(path: Path) -> str:
+    """Variants of one setting, each against the one without flags of its own, seed by seed."""
+    table, found = [], cut(experiments(path))
+    labels, episodes = names(found), set()
+    plain = {key[:2]: found[key] for key, (_, own) in labels.items() if not own}
+    several = len({key[0] for key in found}) > 1
+    for key, (env_id, own) in sorted(labels.items(), key=lambda item: (item[0][0], item[1])):
+        row = {"script": f"`{key[0]}`"} if several else {}
+        row |= {"environment": env_id, "variant": f"`{own}`" if own else "the default"}
+        row |= {"seeds": len(found[key])}
+        for mode, title in ("one_step", "one step"), ("best_of_n", "best of N"):
+            if not curve(next(iter(found[key].values())), mode)[1]:  # SAC has no candidates
+                row |= {title: "-", f"{title}, minus default": "-"}
+                continue
+            ends = [
+                {seed: statistics.fmean(curve(run, mode)[1][-ABLATION_LAST:]) for seed, run in runs}
+                for runs in (found[key].items(), plain[key[:2]].items())
+            ]
+            row[title] = fmt.across_seeds(list(ends[0].values()))
+            paired = [end - ends[1][seed] for seed, end in ends[0].items() if seed in ends[1]]
+            row[f"{title}, minus default"] = fmt.across_seeds(paired) if own else ""
+            if own and len(paired) > 1 and abs(statistics.fmean(paired)) > interval(paired):
+                row[f"{title}, minus default"] = f"**{row[f'{title}, minus default']}**"
+        table.append(row)
+        episodes |= {len(row["returns"].split()) for run in found[key].values() for row in run}
+    ends = [run[-1] for seeds in found.values() for run in seeds.values()]
+    shared = set.intersection(*(set(split_flags(key)) for key in found)) - {""}
+    flags = f"flags of all: `{' '.join(sorted(shared))}`; " if shared else ""
+    updates = " or ".join(f"{n:,}" for n in sorted({int(row["updates"]) for row in ends}))
+    note = (
+        f"Returns are the mean of the last {ABLATION_LAST} evaluations of "
+        f"{fmt.joined_numbers(episodes)} episodes, ± Student's 95% interval over seeds; "
+        "differences are taken seed by seed, bold where their interval excludes zero. "
+        f"{int(ends[0]['global_step']):,} steps, {updates} updates, "
+        f"{flags}{fmt.hardware(ends)}, commit {fmt.commits(ends)}."
+    )
+    return table_with_note(table, note)
+
+
+def success_rates(path: Path) -> str:
+    """Offline-to-online runs: successes at the end of the offline phase, and what is added."""
+    table, found = [], experiments(path)
+    variants, ends, episodes = names(found), [], set()
+    for key, seeds in sorted(found.items(), key=lambda item: variants[item[0]][1]):
+        env_id, own = variants[key]
+        start = offline_steps(key)
+        row = {"task": env_id.split(":")[-1], "variant": f"`{own}`" if own else "the default"}
+        row |= {"seeds": len(seeds)}
+        for mode, title in ("best_of_n", "best of N"), ("one_step", "one step"):
+            offline, online, final = [], [], []
+            for run in seeds.values():
+                rates = successes(run, mode)
+                offline.append(rates[start])
+                online.append([rate for step, rate in rates.items() if step > start])
+                final.append(online[-1][-1])
+            row[f"{title}, after offline"] = fmt.across_seeds(offline)
+            if mode == "best_of_n":
+                row["mean while online"] = fmt.across_seeds([statistics.fmean(r) for r in online])
+            row[f"{title}, at the end"] = fmt.across_seeds(final)
+            if mode == "best_of_n":
+                rise = [late - early for early, late in zip(offline, final, strict=True)]
+                row["rise"] = fmt.across_seeds(rise)
+        table.append(row)
+        ends += [last(run) for run in seeds.values()]
+        episodes |= {len(row["returns"].split()) for run in seeds.values() for row in run}
+    shared = set.intersection(*(set(split_flags(key)) for key in found))
+    steps = fmt.joined_numbers({int(end["global_step"]) for end in ends})
+    note = (
+        f"Success rates in per cent of {fmt.joined_numbers(episodes)} episodes, ± Student's 95% "
+        f"interval over seeds; the rise is taken seed by seed. {steps} steps in all, flags of "
+        f"all: `{' '.join(sorted(shared))}`; {fmt.hardware(ends)}, commit {fmt.commits(ends)}."
+    )
+    return table_with_note(table, note)
+
+
+def constraint(path: Path) -> str:
+    """Errors of the mean velocity on the 1-D flow whose mean velocity is known."""
+    rows, table = fmt.read(path), []
+    for ivc_coef in sorted({float(row["ivc_coef"]) for row in rows}):
+        own = [row for row in rows if float(row["ivc_coef"]) == ivc_coef]
+        line = {"lambda": f"{ivc_coef:g}", "seeds": len(own)}
+        for key, title in ("boundary_error", "u(z, t, t)"), ("jump_error", "jump u(e, 0, 1)"):
+            values = [float(row[key]) for row in own]
+            line[title] = f"{statistics.fmean(values):.3f} ± {interval(values):.3f}"
+        table.append(line)
+    updates = fmt.joined_numbers({int(row["updates"]) for row in rows})
+    note = (
+        f"Root mean square errors after {updates} updates, ± Student's 95% interval over seeds. "
+        "Velocities and actions are of the order of 1."
+    )
+    return table_with_note(table, note)
+
+
+def reference_policies(path: Path) -> str:
+    rows, table = fmt.read(path), {}
+    for row in rows:
+        entry = table.setdefault(row["env_id"], {"environment": row["env_id"]})
+        name = {"random": "random", "zero": "zero action"}[row["policy"]]
+        spread = fmt.number(float(row["return_std"]))
+        entry[name] = f"{fmt.number(float(row['return_mean']))} ± {spread}"
+    note = (
+        f"Mean ± standard deviation over {fmt.joined(rows, 'episodes')} episodes; mujoco "
+        f"{fmt.joined(rows, 'mujoco')}, gymnasium {fmt.joined(rows, 'gymnasium')}."
+    )
+    return table_with_note(list(table.values()), note)
+
+
+def published(path: Path) -> str:
+    table = []
+    for row in fmt.read(path):
+        spread = f" ± {fmt.number(float(row['return_std']))}" if row["return_std"] else ""
+        entry = {"method": row["method"], "environment": row["env"]}
+        entry |= {"return": fmt.number(float(row["return_mean"])) + spread}
+        entry |= {"statistic": row["statistic"], "steps": fmt.steps_of(row)}
+        entry |= {"seeds": row["seeds"] or "?", "NFE": row["nfe"] or "-"}
+        table.append(entry | {"source": row["source"], "trust": row["trust"]})
+    return fmt.markdown(table)

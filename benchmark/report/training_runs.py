@@ -1,0 +1,55 @@
+"""Training runs as the tables and figures of single algorithms read them from collect.py's CSV."""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from benchmark.report.formatting import read
+
+
+def experiments(path: Path) -> dict:
+    """Runs that differ in nothing but the seed: {(algorithm, env_id, flags): {seed: rows}}."""
+    found = defaultdict(lambda: defaultdict(list))
+    for row in read(path):
+        found[row["algorithm"], row["env_id"], row["flags"]][row["seed"]].append(row)
+    return found
+
+
+def curve(rows: list[dict], mode: str) -> tuple[list[int], list[float]]:
+    """Steps and mean returns of one run's evaluations in one mode."""
+    rows = [row for row in rows if row["mode"] == mode]
+    return [int(r["global_step"]) for r in rows], [float(r["return_mean"]) for r in rows]
+
+
+def successes(rows: list[dict], mode: str) -> dict[int, float]:
+    """Success rate in per cent at each step of one run's evaluations in one mode."""
+    rows = [row for row in rows if row["mode"] == mode]
+    return {int(row["global_step"]): 100 * float(row["success_rate"]) for row in rows}
+
+
+def split_flags(key: tuple) -> list[str]:
+    """Of an experiment, each with its values; none is an empty one."""
+    return re.split(r" (?=--)", key[-1])
+
+
+def names(found: dict) -> dict:
+    """What to call each experiment: its environment, and flags that not all there share."""
+    flags = {key: split_flags(key) for key in found}
+    result = {}
+    for key in found:
+        others = [set(flags[other]) for other in found if other[:2] == key[:2]]
+        own = [flag for flag in flags[key] if flag not in set.intersection(*others)]
+        own = [flag for flag in own if not flag.startswith(("--num-cand", "--flow-st", "--utd"))]
+        result[key] = key[1], " ".join(own)  # those three have a column
+    return result
+
+
+def last(rows: list[dict]) -> dict:
+    """The last row of the acting rule, the mode whose rows know N and T."""
+    return [row for row in rows if row["mode"] == "best_of_n"][-1]
+
+
+def offline_steps(key: tuple) -> int:
+    """Where the online phase of an experiment begins; the default is mvp_offline_to_online's."""
+    given = re.search(r"--offline-steps (\d+)", key[-1])
+    return int(given[1]) if given else 1_000_000
