@@ -102,8 +102,8 @@ def load_policy(folder: Path, script: ModuleType, step: int) -> tuple[nn.Module,
     saved, env = torch.load(file, weights_only=True), script.make_env(ENV_ID)
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     agent = script.Agent(obs_dim, act_dim, script.Args(**saved["args"]), torch.device("cpu"))
-    agent.target_policy.load_state_dict(saved["policy"])
-    return agent.target_policy, saved["args"]["prior_std"]
+    agent.acting_policy.load_state_dict(saved["policy"])
+    return agent.acting_policy, saved["args"]["prior_std"]
 
 
 def follow(script: ModuleType, policy: nn.Module, obs: Tensor, z: Tensor, steps: int) -> Tensor:

@@ -2,10 +2,10 @@
 
 Everything is timed in one process on Ant-v4's sizes with the published networks, untrained since
 weights change no time. A call takes observations that are on the device and returns actions on the
-CPU: the script's own act in the mode that it deploys, with the policy as for_one_step makes it (for
-DPMD that is 20 steps of one candidate); FPMD-R in more steps is its generate. Rounds of all cases
-take turns, so that a drift of the machine hits them alike; single calls are timed, so that there is
-a 99th percentile.
+CPU. One step is the script's OneStepPolicy, as it is deployed; FPMD-R in more steps is generate;
+DPMD and SAC act as they are deployed, DPMD with 20 steps of one candidate. Rounds of all cases take
+turns, so that a drift of the machine hits them alike; single calls are timed, so that there is a
+99th percentile.
 
 compiled: generate (all T steps in one), or without one the policy, through torch.compile.
 captured: the eager call recorded as one CUDA graph.
@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -73,26 +74,34 @@ def action(
     torch.manual_seed(0)
     agent, rng = module.Agent(OBS_DIM, ACT_DIM, args, device), torch.Generator(device)
     obs = torch.randn((batch, OBS_DIM), generator=rng.manual_seed(0), device=device)
-    if act_mode is not None and agent.modes[act_mode][0] != steps:
-        raise ValueError(f"{module.__name__} takes {agent.modes[act_mode][0]} steps in {act_mode}")
-    if act_mode == next(iter(agent.modes)):  # the one that --evaluate replays
-        agent.target_policy = module.for_one_step(agent.target_policy)
-    if mode == "compiled" and hasattr(module, "generate"):
-        module.generate = torch.compile(module.generate, dynamic=False)  # act looks it up there
-    elif mode == "compiled":
-        forward = agent.target_policy.forward
-        agent.target_policy.forward = torch.compile(forward, dynamic=False)
+    if act_mode is not None:
+        nfe, _ = module.cost_of(act_mode, args)
+        if nfe != steps:
+            raise ValueError(f"{module.__name__} takes {nfe} steps in {act_mode}")
+    if act_mode == "one_step" and hasattr(module, "OneStepPolicy"):
+        policy = module.OneStepPolicy(agent.acting_policy)  # as it is deployed
+    elif hasattr(module, "generate"):
+        policy = partial(module.generate, agent.acting_policy, flow_steps=steps)
+    else:
+        policy = None  # SAC's act is all there is
+    if act_mode == "one_candidate" or policy is None:
+        function = module.MODES[act_mode]
+        if mode == "compiled" and policy:
+            module.generate = torch.compile(module.generate, dynamic=False)  # looked up there
+        elif mode == "compiled":
+            agent.acting_policy.compile(dynamic=False)
+    else:
+        if mode == "compiled":
+            policy = torch.compile(policy, dynamic=False)
 
-    @torch.no_grad()
-    def generate(agent, obs, args, rng, act_mode) -> Tensor:
-        noise = torch.randn((batch, ACT_DIM), generator=rng, device=device)
-        noise = args.prior_std * noise
-        return module.generate(agent.target_policy, obs, noise, steps).clamp(-1, 1)
+        @torch.no_grad()
+        def function(agent, obs, args, rng) -> Tensor:
+            noise = torch.randn((batch, ACT_DIM), generator=rng, device=device)
+            return policy(obs, args.prior_std * noise).clamp(-1, 1)
 
-    function = generate if act_mode is None else module.act
     if mode == "captured":
         function = module.Captured(function)
-    return lambda: function(agent, obs, args, rng, act_mode).cpu()
+    return lambda: function(agent, obs, args, rng).cpu()
 
 
 def cases(options: argparse.Namespace, device: torch.device) -> list[Case]:

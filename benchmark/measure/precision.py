@@ -31,11 +31,14 @@ def bfloat16(enabled: bool = True) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled)
 
 
-def head_in_float32(net: nn.Sequential, x: Tensor) -> Tensor:
+def head_in_float32(net: nn.Module, *inputs: Tensor) -> Tensor:
+    """A critic of which only the last layer computes in float32."""
+    *hidden, head = net.rest
     with bfloat16():
-        for layer in list(net)[:-1]:
+        x = net.first(*inputs)
+        for layer in hidden:
             x = layer(x)
-    return net[-1](x.float())
+    return head(x.float())
 
 
 def judge(chosen: Tensor, q: Tensor) -> dict:
@@ -78,8 +81,8 @@ def measure(run_dir: str) -> list[dict]:
     rows = [row | {"what": "generation"} | judge(q_moved.argmax(0), q) | error]
     with bfloat16():
         alone = agent.critic(obs, exact).amin(0)
-    x = torch.cat([obs.expand(CANDIDATES, -1, -1), exact], -1)
-    head = torch.stack([head_in_float32(net, x) for net in (agent.critic.q1, agent.critic.q2)])
+    twins = agent.critic.q1, agent.critic.q2
+    head = torch.stack([head_in_float32(net, obs, exact) for net in twins])
     for what, ranked in ("ranking", alone), ("ranking, head", head.squeeze(-1).amin(0)):
         top = ranked.topk(AGAIN, 0).indices
         best_of_top = top.gather(0, q.gather(0, top).argmax(0)[None])[0]

@@ -11,7 +11,7 @@ CUDA also with TF32 products, and recorded as CUDA graphs, plain (graph) and com
     learning        the rest: losses, gradients, optimizers, slow copies
     acting          actions for 5 environments while training, from array to array
     one-step        an action of one network evaluation for one state, from array to array, as in
-                    training's evaluations and deployed (the script's for_one_step)
+                    training's evaluations and deployed (the script's OneStepPolicy)
     sac             the same of a SAC actor of the same width: a sample, and the mean
     environments    one step of 5 Ant-v4
     first-update    the very first update, once, with empty compile caches
@@ -51,7 +51,6 @@ from benchmark.measure.speed_cases import (
     functions,
     make_case,
     parts,
-    piece_rows,
 )
 from benchmark.measure.speed_clock import Measurement, row_of, time_all, to_rows
 from benchmark.measure.speed_comparisons import environment_step, machine, sac_actions, variants
@@ -68,7 +67,7 @@ def collect(options: argparse.Namespace, device: torch.device) -> list[Measureme
             sizes = script, setting
             case = make_case(*sizes, "eager", options.batch_size, device)
             counted = {name: count(*entry) for name, entry in functions(case).items()}
-            rows.add(piece_rows(case))
+            rows.add(getattr(case.args, "num_candidates", 1) * options.batch_size)
             for mode in options.modes:
                 if mode.endswith("bfloat16") and script not in FLOWS:
                     continue

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -55,6 +55,8 @@ class Case:
     agent: nn.Module
     batch: dict[str, Tensor]
     rng: torch.Generator
+    explore: Callable  # the script's functions of these names, or what accelerate made of them
+    improve: Callable
 
     def row(self, measurement: str) -> dict:
         return row_of(self.script, self.setting, self.mode, self.precision, measurement)
@@ -72,14 +74,15 @@ def make_case(script, setting, mode, batch_size, device, **replaced) -> Case:
     args = module.Args(**sizes, precision=precision, batch_size=batch_size)
     torch.manual_seed(0)
     agent = module.Agent(OBS_DIM, ACT_DIM, args, device)
+    explore, improve = module.act_explore, module.update
     if kind in ("compiled", "captured"):
-        module.accelerate(agent, args, device)
-        if agent.policy_loss is module.policy_loss:  # accelerate has said why
+        explore, improve = module.accelerate(agent, explore, improve, args)
+        if improve is module.update:  # accelerate has said why
             sys.exit("speed.py: error: nothing can be compiled here; choose --modes eager")
-    if kind == "compiled":  # on CUDA accelerate does both
-        agent.act, agent.learn = module.act, module.learn
+    if kind == "compiled" and device.type == "cuda":  # there accelerate records them, too
+        explore, improve = explore.function, improve.function
     elif kind == "graph":
-        agent.act, agent.learn = module.Captured(module.act), module.Captured(module.learn)
+        explore, improve = module.Captured(explore), module.Captured(improve)
     batch = {
         "obs": torch.randn((batch_size, OBS_DIM), device=device),
         "actions": torch.rand((batch_size, ACT_DIM), device=device) * 2 - 1,
@@ -88,7 +91,8 @@ def make_case(script, setting, mode, batch_size, device, **replaced) -> Case:
         "terminations": torch.zeros(batch_size, device=device),
     }
     rng = torch.Generator(device).manual_seed(0)
-    return Case(script, setting, kind, precision, module, args, agent, batch, rng)
+    what = script, setting, kind, precision
+    return Case(*what, module, args, agent, batch, rng, explore, improve)
 
 
 def policy_delay(args) -> int:
@@ -99,21 +103,15 @@ def policy_delay(args) -> int:
 def functions(case: Case) -> dict[str, tuple[Callable, int]]:
     """{measurement: (function, how often one call does it)}, those of PER_CASE and one-step."""
     module, args, agent, rng = case.module, case.args, case.agent, case.rng
-    if not hasattr(module, "propose"):
-        return functions_of_sac(case)
+    if not hasattr(module, "propose"):  # SAC: all of an update is learning
+        return whole_functions(case)
     next_obs, std = case.batch["next_obs"], torch.tensor(0.1, device=case.device)
-    delay = policy_delay(args)
     rows = args.num_candidates, args.batch_size
     candidates = 2 * torch.rand((*rows, ACT_DIM), device=case.device) - 1
     ranked = candidates[0], torch.randn(rows, device=case.device)
-    obs = np.random.default_rng(0).standard_normal((NUM_ENVS, OBS_DIM), np.float32)
-
-    captures = case.mode in ("graph", "captured")
-    learn_alone = module.Captured(module.learn) if captures else module.learn
-
-    def update():
-        for _ in range(delay):
-            module.update(agent, case.batch, args, rng)
+    improve_alone = case.improve  # with a graph of its own, where there are graphs
+    if case.mode in ("graph", "captured"):
+        improve_alone = module.Captured(case.improve.function)
 
     @in_graph(case)
     @torch.no_grad()
@@ -127,29 +125,48 @@ def functions(case: Case) -> dict[str, tuple[Callable, int]]:
         return module.select_action(agent.critic, next_obs, candidates)
 
     def learning():  # an update whose candidates and their ranking cost nothing
-        own = module.propose, module.select_action, agent.learn
+        own = module.propose, module.select_action
         module.propose, module.select_action = lambda *_: candidates, lambda *_: ranked
-        agent.learn = learn_alone
         try:
-            update()
+            update(case, improve_alone)
         finally:
-            module.propose, module.select_action, agent.learn = own
+            module.propose, module.select_action = own
 
-    def act(obs, mode, agent=agent):
-        obs = torch.as_tensor(obs, device=case.device)
-        return agent.act(agent, obs, args, rng, mode).cpu().numpy()
+    policy = module.OneStepPolicy(agent.acting_policy)
 
-    folded = module.for_one_step(agent.target_policy)  # as the script's --evaluate does
-    deployed = SimpleNamespace(act=module.act, target_policy=folded, policy=agent.policy)
+    @torch.no_grad()
+    def deployed(agent, obs, args, rng):
+        noise = torch.randn((len(obs), ACT_DIM), generator=rng, device=obs.device)
+        return policy(obs, args.prior_std * noise)
 
-    return {
-        "update": (update, delay),
+    return whole_functions(case) | {
         "generation": (generation, 1),
         "ranking": (ranking, 1),
-        "learning": (learning, delay),
-        "acting": (lambda: act(obs, "explore"), 1),
-        "one-step": (lambda: act(obs[:1], "one_step"), 1),
-        "one-step deployed": (lambda: act(obs[:1], "one_step", deployed), 1),
+        "learning": (learning, policy_delay(args)),
+        "one-step deployed": (partial(from_array, case, deployed, 1), 1),
+    }
+
+
+def update(case: Case, improve: Callable) -> None:
+    """policy_delay updates, one of which improves the policy, as the training loop makes them."""
+    for i in range(policy_delay(case.args)):
+        improve(case.agent, case.batch, case.args, case.rng, i == 0)
+
+
+def from_array(case: Case, act: Callable, num_envs: int) -> np.ndarray:
+    """Actions for that many environments, from array to array."""
+    obs = np.random.default_rng(0).standard_normal((num_envs, OBS_DIM), np.float32)
+    obs = torch.as_tensor(obs, device=case.device)
+    return act(case.agent, obs, case.args, case.rng).cpu().numpy()
+
+
+def whole_functions(case: Case) -> dict[str, tuple[Callable, int]]:
+    """What every script has: an update, an exploring action, an action of one step."""
+    one_step = case.module.MODES["one_step"]
+    return {
+        "update": (partial(update, case, case.improve), policy_delay(case.args)),
+        "acting": (partial(from_array, case, case.explore, NUM_ENVS), 1),
+        "one-step": (partial(from_array, case, one_step, 1), 1),
     }
 
 
@@ -165,25 +182,6 @@ def in_graph(case: Case) -> Callable:
     return decorate
 
 
-def functions_of_sac(case: Case) -> dict[str, tuple[Callable, int]]:
-    """The same of SAC, which generates and ranks nothing: all of an update is learning."""
-    module, args, agent, rng = case.module, case.args, case.agent, case.rng
-    obs = np.random.default_rng(0).standard_normal((NUM_ENVS, OBS_DIM), np.float32)
-
-    def update():
-        module.update(agent, case.batch, args, rng)
-
-    def act(obs, mode):
-        obs = torch.as_tensor(obs, device=case.device)
-        return agent.act(agent, obs, args, rng, mode).cpu().numpy()
-
-    return {
-        "update": (update, 1),
-        "acting": (lambda: act(obs, "explore"), 1),
-        "one-step": (lambda: act(obs[:1], "one_step"), 1),
-    }
-
-
 def parts(case: Case, counted: dict[str, float]) -> dict[str, tuple[Part, ...]]:
     """What generation, ranking, learning and a whole update cannot do without."""
     n, batch = getattr(case.args, "num_candidates", 0), case.args.batch_size
@@ -192,14 +190,14 @@ def parts(case: Case, counted: dict[str, float]) -> dict[str, tuple[Part, ...]]:
         for network in (case.agent.policy, case.agent.critic)
     )
     states, actions = batch * OBS_DIM, batch * ACT_DIM
-    slow = case.agent.target_policy is not case.agent.policy
+    slow = case.agent.acting_policy is not case.agent.policy
     numbers = {  # float32 numbers that move
         # weights and states in; two kinds of noise in, candidates out
         "generation": policy + states + 3 * n * actions,
         # weights, states and candidates in; scores and the best action out
         "ranking": critics + states + n * actions + n * batch + actions,
         # batch, best actions and scores in; critics and their two moments in and out, targets in;
-        # in one of policy_delay updates policy and moments too, and all slow copies in and out
+        # in one of policy_delay updates policy and moments too, and all moving averages in and out
         "learning": 2 * states + 2 * actions + (2 + n) * batch + 7 * critics
         + ((6 + 2 * slow) * policy + critics) / policy_delay(case.args),
     }  # fmt: skip
@@ -222,13 +220,6 @@ def count(function: Callable, does: int) -> float:
     return counter.get_total_flops() / 2 / does
 
 
-def piece_rows(case: Case) -> int:
-    """How many rows the networks of an accelerated float32 update see at a time on a CPU."""
-    rows = torch.get_num_threads() * 2**20 // 4 // case.args.hidden_dim
-    candidates = getattr(case.args, "num_candidates", 1)
-    return min(rows, candidates * case.args.batch_size)
-
-
 def first_update(case: Case) -> Measurement:
     """As in a new process without compile caches, but for the compiler's own imports.
 
@@ -237,7 +228,7 @@ def first_update(case: Case) -> Measurement:
     """
     from torch._inductor.utils import fresh_cache
 
-    update = partial(case.module.update, case.agent, case.batch, case.args, case.rng)
+    first = partial(case.improve, case.agent, case.batch, case.args, case.rng, True)
     with fresh_cache():
-        spent = seconds(update, 1, case.device)
+        spent = seconds(first, 1, case.device)
     return Measurement(case.row("first-update"), None, seconds=[spent])

@@ -19,10 +19,10 @@ class Part:
 
     m: its multiply-adds as torch counts them in what the script executes eagerly (FPMD-M's JVP then
     multiplies by zero tangents of weights, too: a twentieth of learning, which compiling drops).
-    R: the best rate of a plain product in its precision, 8192 or as many rows as the script's
-    pieces have, by 256 x 256. b: the bytes that cannot but move, all float32, as if nothing stayed
+    R: the best rate of a plain product in its precision, 8192 or as many rows as there are
+    candidates, by 256 x 256. b: the bytes that cannot but move, all float32, as if nothing stayed
     in a cache from call to call: every weight once, inputs, outputs, and for learning each
-    parameter with its Adam moments and slow copy, in and out; no activations. W: bytes read and
+    parameter with its Adam moments and EMA, in and out; no activations. W: bytes read and
     written per second by a large copy. The floor of an update is the sum of its parts' floors,
     since they run one after another.
     """

@@ -89,40 +89,46 @@ def sac_actions(case: Case) -> dict[str, Callable]:
 
 
 # ---------------------------------------------------------------------------- looked at, not kept
-class OtherMish(nn.Module):
+class OtherMish(nn.Mish):
     """Mish by the formula a script does not use: torch's if compiled, one exponential if not."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            return nn.functional.mish(x)
+            return super().forward(x)
         e = x.clamp(max=20).exp()
         n = e * (e + 2)
         return x * n / (n + 2)
 
 
-class Concatenated(load_script("fpmd_online").MLP):
-    """MLP whose first layer multiplies states and times once per candidate."""
+class Concatenated(load_script("fpmd_online").FirstLayer):
+    """A first layer that multiplies states and times once per candidate."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
         rows = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
-        return nn.Sequential.forward(self, torch.cat([x.expand(*rows, -1) for x in inputs], -1))
+        inputs = torch.cat([x.expand(*rows, -1) for x in inputs], -1)
+        weight = torch.cat([part.weight for part in self.parts], 1)
+        return nn.functional.linear(inputs, weight, self.parts[-1].bias)
 
 
-VARIANTS = {  # name: what stands in for a global of the script
-    "other Mish": {"Mish": OtherMish},
-    "concatenated inputs": {"MLP": Concatenated},
-    "one piece": {"in_blocks": lambda network, dim, rows: network},
-    "ReLU": {"Mish": nn.ReLU},  # not the method: shows what activations cost
+FIRST_LAYERS = {"concatenated inputs": Concatenated}  # name: what stands in for FirstLayer
+ACTIVATIONS = {  # name: what stands in for Mish
+    "other Mish": OtherMish,
+    "ReLU": nn.ReLU,  # not the method: shows what activations cost
 }
 
 
 def variants(case: Case, mode: str) -> list[Measurement]:
     """Generation done in other ways, each checked to give the same actions (but for ReLU)."""
     timed, kept = [], functions(case)["generation"][0]
-    for name, replaced in VARIANTS.items():
+    for name in *ACTIVATIONS, *FIRST_LAYERS:
+        replaced = {"FirstLayer": FIRST_LAYERS[name]} if name in FIRST_LAYERS else {}
         other = make_case(
             case.script, case.setting, mode, case.args.batch_size, case.device, **replaced
         )
+        for module in other.agent.modules():  # nothing has been compiled yet
+            for key, child in module.named_children():
+                if isinstance(child, nn.Mish) and name in ACTIVATIONS:
+                    setattr(module, key, ACTIVATIONS[name]())
         other.agent.policy.load_state_dict(case.agent.policy.state_dict())
         function, does = functions(other)["generation"]
         if name != "ReLU" and case.precision == "float32":

@@ -116,7 +116,7 @@ def speed_of_acting(path: Path) -> str:
     sac = [row for row in rows if (row["script"], row["measurement"]) == ("sac", "one-step")]
     for row in rows:
         names = {"one-step": f"`{row['script']}`, one step for one state, as evaluated in training"}
-        names["one-step deployed"] = f"`{row['script']}`, the same deployed (`for_one_step`)"
+        names["one-step deployed"] = f"`{row['script']}`, the same deployed (`OneStepPolicy`)"
         names["environments"] = "5 Ant-v4, one random step of each"
         if row["script"] == "sac":
             names["one-step"] = "SAC actor of the same width, a sample for one state"
