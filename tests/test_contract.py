@@ -17,6 +17,7 @@ import torch
 from conftest import (
     CANDIDATES,
     FILES,
+    FPMD,
     MIRROR,
     OFFLINE,
     ROOT,
@@ -95,7 +96,8 @@ def test_documented_offline_commands_parse(command):
     """They are run in test_offline_to_online.py, on data that needs no download."""
     script = importlib.import_module(OFFLINE)
     args = script.parse_args([] if "--evaluate" in command else command[2:])
-    assert script.check_args(args).type == "cpu" and args.env_id.startswith("ogbench:")
+    script.check_args(args)
+    assert script.choose_device(args).type == "cpu" and args.env_id.startswith("ogbench:")
 
 
 @pytest.mark.parametrize(
@@ -152,6 +154,8 @@ def test_bad_input_is_refused(script, tmp_path, monkeypatch, capsys, flags, mess
         *[(name, "--policy-lr -1 1", "--policy-lr -1.0 must be above 0") for name in MIRROR],
         *[(name, "--policy-lr 1e-3 0", "--policy-lr 0.0 must be above 0") for name in MIRROR],
         *[(name, "--temperature 0", "--temperature 0.0") for name in MIRROR],
+        *[(name, "--particle-temperature 0", "--particle-temperature 0.0") for name in FPMD],
+        *[(name, "--policy-lr-decay 9 9", "9 9 must be finite and rise") for name in MIRROR],
         ("mvp_online", "--policy-lr 0", "--policy-lr 0.0 must be above 0 and finite"),
         ("mvp_online", "--ivc-coef -1", "--ivc-coef -1.0 must be 0 or more and finite"),
         ("mvp_online", "--ivc-coef nan", "--ivc-coef nan must be 0 or more"),
@@ -211,8 +215,6 @@ def test_video_without_opengl_is_refused(script, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name in ("DISPLAY", "MUJOCO_GL"):
         monkeypatch.delenv(name, raising=False)
-    failed = subprocess.CompletedProcess([], 1)
-    monkeypatch.setattr(script.subprocess, "run", lambda *args, **options: failed)
     with pytest.raises(SystemExit) as stopped:
         script.main(script.Args(**known(script, SMALL), capture_video=True))
     assert stopped.value.code == 2 and "apt-get install libegl1" in capsys.readouterr().err
