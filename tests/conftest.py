@@ -237,6 +237,11 @@ def equal(xs, ys):
     return [x.equal(y) for x, y in zip(xs, ys, strict=True)]
 
 
+def first_weight(net):
+    """The first layer's weight (out, in), its parts side by side."""
+    return torch.cat([part.weight.detach() for part in net.first.parts], 1)
+
+
 def layers(net):
     """The modules of a script's MLP in order; the first layer's parts count as one linear layer."""
     return [net.first, *net.rest]
@@ -247,9 +252,8 @@ def numpy_mlp(net, x):
 
     x are all inputs side by side, in the order of the first layer's parts.
     """
-    parts = [part.weight.detach().double().numpy() for part in net.first.parts]
     (bias,) = (p.detach().double().numpy() for p in net.first.parameters() if p.ndim == 1)
-    x = x @ np.concatenate(parts, 1).T + bias
+    x = x @ first_weight(net).double().numpy().T + bias
     for module in net.rest:
         weights = [p.detach().double().numpy() for p in module.parameters()]
         if isinstance(module, nn.Linear):

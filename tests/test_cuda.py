@@ -50,7 +50,7 @@ def full_buffer(script, args):
     draw, n = np.random.default_rng(0), 1_000
     if script.__name__ == OFFLINE:
         buffer = script.ReplayBuffer(args, OBS_DIM, ACT_DIM, DEVICE)
-        buffer.add(*made_up_dataset(OBS_DIM, ACT_DIM, n))
+        buffer.add(**made_up_dataset(OBS_DIM, ACT_DIM, n))
         return buffer
     buffer = script.ReplayBuffer(args.buffer_size, OBS_DIM, ACT_DIM, DEVICE)
     sizes = (n, OBS_DIM), (n, ACT_DIM), (n,), (n, OBS_DIM)

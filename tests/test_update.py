@@ -10,6 +10,7 @@ from conftest import (
     act,
     count,
     equal,
+    first_weight,
     fpmd_only,
     get_statistics,
     layers,
@@ -33,11 +34,6 @@ def make_agent(script, act_dim=ACT, seed=0, **changes):
     torch.manual_seed(seed)
     args = script.Args(**{"hidden_dim": 16, "num_candidates": 4, "flow_steps": 3} | changes)
     return script.Agent(OBS, act_dim, args, torch.device("cpu")), args
-
-
-def weights(network):
-    """All but the biases, which start at zero."""
-    return [p for p in network.parameters() if p.ndim > 1]
 
 
 def make_batch(seed=0, dtype=torch.float32):
@@ -85,7 +81,7 @@ def test_moving_averages_start_equal_and_frozen(script):
         assert all(equal(values(fast), values(slow)))
         assert not any(p.requires_grad for p in slow.parameters())
         assert not {id(p) for p in fast.parameters()} & {id(p) for p in slow.parameters()}
-    assert not any(map(torch.equal, *[weights(q) for q in (agent.critic.q1, agent.critic.q2)]))
+    assert not first_weight(agent.critic.q1).equal(first_weight(agent.critic.q2))
 
 
 # ---------------------------------------------------------------------------- isolation
