@@ -111,17 +111,30 @@ class OneStep(nn.Module):
 def fit(script, draw, updates, lr, hidden_dim):
     """FPMD's policy after regression on targets and weights, draw(256) -> (256, act_dim), (256,).
 
-    Gradients are the script's own, the learning rate falls to 0. MVP's is in test_mvp.py.
+    Steps are the script's own, the learning rate falls to 0. MVP's is in test_mvp.py.
     """
     torch.manual_seed(0)
     act_dim, obs, generator = draw(256)[0].shape[1], torch.zeros(256, 1), rng()
     args = script.Args(hidden_dim=hidden_dim)
     agent = script.Agent(1, act_dim, args, torch.device("cpu"))
     for update in range(updates):
-        script.policy_gradient(agent, obs, *draw(256), args, generator)
-        agent.optimizers["policy"].param_groups[0]["lr"] = lr * (1 - update / updates)
-        agent.optimizers["policy"].step()
+        agent.policy_lr.fill_(lr * (1 - update / updates))
+        script.update_policy(agent, obs, *draw(256), args, generator)
     return agent.policy
+
+
+def act(script, agent, obs, args, rng, mode):
+    """Actions in a mode of evaluation, or as in training: "explore"."""
+    function = script.act_explore if mode == "explore" else script.MODES[mode]
+    return function(agent, obs, args, rng)
+
+
+def one_update(script, agent, batch, args, rng, improve=None):
+    """What the training loop does for one update; improve may be `script.update` made faster."""
+    improve_policy = script.prepare_update(agent, args)
+    metrics = (improve or script.update)(agent, batch, args, rng, improve_policy)
+    agent.updates += 1
+    return metrics
 
 
 class FakeGraph:
@@ -155,21 +168,35 @@ def recordable(function):
     A real graph needs nothing of the kind: it records what is launched and launches nothing.
     """
 
-    def wrapper(agent, inputs, args, rng, key):
+    def wrapper(agent, inputs, args, rng, *key):
         graph = FakeGraph.recording
         if graph is None:
-            return function(agent, inputs, args, rng, key)
+            return function(agent, inputs, args, rng, *key)
         weights, draws = copy.deepcopy(agent.state_dict()), rng.get_state()
         states = {name: copy.deepcopy(o.state_dict()) for name, o in agent.optimizers.items()}
-        graph.outputs = function(agent, inputs, args, rng, key)
-        graph.function = lambda: function(agent, inputs, args, rng, key)
+        graph.outputs = function(agent, inputs, args, rng, *key)
+        graph.function = lambda: function(agent, inputs, args, rng, *key)
         agent.load_state_dict(weights)
         rng.set_state(draws)
         for name, state in states.items():
+            (group,) = agent.optimizers[name].param_groups
+            lr = group["lr"]  # maybe the agent's tensor, which must stay the same one
             agent.optimizers[name].load_state_dict(state)
+            agent.optimizers[name].param_groups[0]["lr"] = lr
         return graph.outputs
 
     return wrapper
+
+
+def set_statistics(agent, *values):
+    """Running mean and std of Q over states, and its std within a state, or the first of them."""
+    names = ("q_mean", "q_std", "q_std_within")[: len(values)]
+    for name, value in zip(names, values, strict=True):
+        getattr(agent, name).fill_(value)
+
+
+def get_statistics(agent):
+    return torch.stack([agent.q_mean, agent.q_std, agent.q_std_within])
 
 
 def randomise(module, seed):
@@ -189,7 +216,7 @@ def count(module):
 
 
 def spy(monkeypatch, owner, name):
-    """Let a function of script or agent run as ever, and keep (arguments, result) of every call."""
+    """Let a function of a script run as ever, and keep (arguments, result) of every call."""
     function, calls = getattr(owner, name), []
 
     def wrapper(*args):
@@ -210,9 +237,24 @@ def equal(xs, ys):
     return [x.equal(y) for x, y in zip(xs, ys, strict=True)]
 
 
+def first_weight(net):
+    """The first layer's weight (out, in), its parts side by side."""
+    return torch.cat([part.weight.detach() for part in net.first.parts], 1)
+
+
+def layers(net):
+    """The modules of a script's MLP in order; the first layer's parts count as one linear layer."""
+    return [net.first, *net.rest]
+
+
 def numpy_mlp(net, x):
-    """The script's linear layers, LayerNorm and activation (Mish or GELU), in float64."""
-    for module in net:
+    """The script's linear layers, LayerNorm and activation (Mish or GELU), in float64.
+
+    x are all inputs side by side, in the order of the first layer's parts.
+    """
+    (bias,) = (p.detach().double().numpy() for p in net.first.parameters() if p.ndim == 1)
+    x = x @ first_weight(net).double().numpy().T + bias
+    for module in net.rest:
         weights = [p.detach().double().numpy() for p in module.parameters()]
         if isinstance(module, nn.Linear):
             x = x @ weights[0].T + weights[1]

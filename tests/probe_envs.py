@@ -129,6 +129,14 @@ class Succeeding(Probe):
         return obs, reward, terminated, truncated, info | {"success": bool(self.obs[0] > 0)}
 
 
+class Solving(Succeeding):
+    """The same under gymnasium-robotics' name, and much else that nobody reads."""
+
+    def step(self, action):
+        *transition, info = super().step(action)
+        return *transition, {"is_success": float(info["success"]), "x_position": 1.0, "text": "no"}
+
+
 class Unbounded(Probe):
     action_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
 
@@ -157,7 +165,7 @@ class Named(Probe):
 
 
 LIMITS = {Endless: 8}
-for env in (Constant, Observed, Delayed, Acted, Both, Endless, Coded, Succeeding):
+for env in (Constant, Observed, Delayed, Acted, Both, Endless, Coded, Succeeding, Solving):
     limit = LIMITS.get(env)
     gym.register(f"{env.__name__}-v0", env, max_episode_steps=limit, disable_env_checker=True)
 for env in (Unbounded, Scalar, Image, Named):

@@ -1,5 +1,6 @@
 """The comparators. SAC: the density of its actions, losses, entropy, who moves by how much. DPMD:
-noise schedules, denoising, its loss; the rest of it is FPMD's text, which FPMD's tests cover."""
+noise schedules, denoising, its loss; the rest of it is FPMD's text, as sync_shared.py says, which
+FPMD's tests cover."""
 
 import copy
 import math
@@ -10,17 +11,20 @@ import torch
 from conftest import (
     FILES,
     MODES,
+    act,
     count,
     equal,
+    layers,
     numpy_mlp,
     numpy_time_embedding,
+    one_update,
     randomise,
     rng,
+    set_statistics,
     spy,
     to_nearest_mode,
     values,
 )
-from test_contract import blocks
 from torch import distributions, nn
 
 import dpmd_online as dpmd
@@ -60,20 +64,20 @@ def test_sac_has_the_published_sizes_on_ant(activation):
     agent = sac.Agent(27, 8, sac.Args(activation=activation), torch.device("cpu"))
     assert count(agent.policy) == 142_864
     assert count(agent.critic.q1) == count(agent.critic.q2) == 141_057
-    assert agent.target_policy is agent.policy
+    assert agent.acting_policy is agent.policy
     trained = [p for p in agent.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trained) == 142_864 + 2 * 141_057 + 1  # and log alpha
     optimized = [p for o in agent.optimizers.values() for g in o.param_groups for p in g["params"]]
     assert {id(p) for p in optimized} == {id(p) for p in trained}
 
 
-@pytest.mark.parametrize("name, module", [("mish", sac.Mish), ("gelu", nn.GELU), ("relu", nn.ReLU)])
+@pytest.mark.parametrize("name, module", [("mish", nn.Mish), ("gelu", nn.GELU), ("relu", nn.ReLU)])
 def test_sac_layers(name, module):
     """The activation stands between the linear layers of every network; GELU is the exact one."""
     agent, _ = make_agent(sac, activation=name, hidden_layers=2)
     for net in agent.policy.net, agent.critic.q1, agent.critic.q2, agent.target_critic.q2:
-        assert [type(m) for m in net] == [nn.Linear, module] * 2 + [nn.Linear]
-        assert all(m.approximate == "none" for m in net if isinstance(m, nn.GELU))
+        assert [type(m) for m in layers(net)] == [sac.FirstLayer, *[module, nn.Linear] * 2]
+        assert all(m.approximate == "none" for m in net.rest if isinstance(m, nn.GELU))
     assert all(equal(values(agent.critic), values(agent.target_critic)))
     assert not any(p.requires_grad for p in agent.target_critic.parameters())
 
@@ -154,28 +158,29 @@ def test_log_prob_stays_finite_where_tanh_is_one():
 def test_sac_acts_by_its_mean_or_by_a_sample():
     """one_step is tanh(mean) and draws nothing; sampled and explore have the density of sample."""
     agent, args = make_agent(sac, act_dim=1)
-    agent.target_policy = Gaussian(0.3, 0.5)
+    agent.acting_policy = Gaussian(0.3, 0.5)
     obs, generator = torch.zeros(20_000, OBS), rng()
     before = generator.get_state()
-    mean = sac.act(agent, obs, args, generator, "one_step")
+    mean = act(sac, agent, obs, args, generator, "one_step")
     assert mean.shape == (20_000, 1) and mean.allclose(torch.tensor(0.3).tanh())
     assert generator.get_state().equal(before)
     for mode in "sampled", "explore":
-        u = sac.act(agent, obs, args, generator, mode).atanh()
+        u = act(sac, agent, obs, args, generator, mode).atanh()
         assert u.mean().item() == pytest.approx(0.3, abs=0.02)  # 0.0035 is one std
         assert u.std().item() == pytest.approx(0.5, abs=0.01)  # 0.0025
-    assert agent.modes == {"one_step": (1, 1), "sampled": (1, 1)}
+    assert list(sac.MODES) == ["one_step", "sampled"] and sac.DEPLOYED == "one_step"
+    assert {sac.cost_of(mode, args) for mode in sac.MODES} == {(1, 1)}
 
 
 def test_sac_deploys_the_same_mean():
-    """for_one_step computes the mean alone, whatever the noise, and leaves the policy as it was."""
+    """OneStepPolicy computes the mean alone, whatever the noise; the policy stays as it was."""
     agent, args = make_agent(sac)
     randomise(agent.policy, 0)
     before, obs = values(agent.policy), torch.randn(5, OBS)
-    expected = sac.act(agent, obs, args, rng(), "one_step")
-    agent.target_policy = sac.for_one_step(agent.policy)
-    torch.testing.assert_close(sac.act(agent, obs, args, rng(), "one_step"), expected)
-    torch.testing.assert_close(agent.target_policy(obs, torch.ones(5, ACT))[0].tanh(), expected)
+    expected = act(sac, agent, obs, args, rng(), "one_step")
+    deployed = sac.OneStepPolicy(agent.policy)
+    for noise in torch.zeros(5, ACT), torch.ones(5, ACT):
+        torch.testing.assert_close(deployed(obs, noise), expected)
     assert all(equal(before, values(agent.policy)))
 
 
@@ -272,9 +277,9 @@ def test_sac_update_hands_over_the_right_numbers(correction, monkeypatch):
     randomise(agent.policy, 1)
     policy, batch = copy.deepcopy(agent.policy), make_batch()
     critic_calls = spy(monkeypatch, sac, "critic_loss")
-    policy_calls = spy(monkeypatch, agent, "policy_loss")
+    policy_calls = spy(monkeypatch, sac, "policy_loss")
     alpha_calls = spy(monkeypatch, sac, "update_alpha")
-    metrics = sac.update(agent, batch, args, rng())
+    metrics = one_update(sac, agent, batch, args, rng())
     e, next_e = torch.randn((2, BATCH, ACT), generator=rng())
     with torch.no_grad():
         actions, log_probs = sac.sample(policy, batch["next_obs"], next_e, correction)
@@ -297,7 +302,7 @@ def test_sac_losses_train_their_own_networks(monkeypatch):
         agent, args = make_agent(sac)
         monkeypatch.setattr(agent.optimizers[frozen], "step", lambda: None)
         old = {name: values(module) for name, module in agent.named_children()}
-        sac.update(agent, make_batch(), args, rng())
+        one_update(sac, agent, make_batch(), args, rng())
         assert all(equal(old[frozen], values(getattr(agent, frozen))))
         assert not any(equal(old[moving], values(getattr(agent, moving))))
 
@@ -307,7 +312,7 @@ def test_the_policys_loss_leaves_no_gradient_in_the_critics(monkeypatch):
     agent, args = make_agent(sac)
     critic, calls = copy.deepcopy(agent.critic), spy(monkeypatch, sac, "critic_loss")
     target, batch = copy.deepcopy(agent.target_critic), make_batch()
-    sac.update(agent, batch, args, rng())
+    one_update(sac, agent, batch, args, rng())
     (_, _, _, *rest), _ = calls[0]
     loss, _ = sac.critic_loss(critic, target, batch, *rest)
     expected = torch.autograd.grad(loss, list(critic.parameters()))
@@ -317,12 +322,12 @@ def test_the_policys_loss_leaves_no_gradient_in_the_critics(monkeypatch):
 
 
 @pytest.mark.parametrize("critic_steps", [1, 2])
-def test_sac_optimizer_steps_and_slow_critics(critic_steps):
+def test_sac_optimizer_steps_and_target_critics(critic_steps):
     """Per update critic_steps steps of the critics, one of policy and alpha; Q' moves by tau."""
     agent, args = make_agent(sac, critic_steps=critic_steps, tau=0.3)
     for update in range(3):
         old = values(agent.target_critic)
-        sac.update(agent, make_batch(update), args, rng(update))
+        one_update(sac, agent, make_batch(update), args, rng(update))
         new, fast = values(agent.target_critic), values(agent.critic)
         for before, after, f in zip(old, new, fast, strict=True):
             torch.testing.assert_close(after, 0.7 * before + 0.3 * f, rtol=1e-5, atol=1e-6)
@@ -336,14 +341,6 @@ def test_sac_optimizer_steps_and_slow_critics(critic_steps):
 # ---------------------------------------------------------------------------- DPMD: FPMD's twin
 
 
-def test_dpmd_shares_fpmds_text():
-    """What is not the policy is word for word FPMD's, whose tests therefore hold for it."""
-    shared = {"Mish", "MLP", "TwinCritic", "select_action", "importance_weights", "critic_loss"}
-    ours, fpmd = blocks("dpmd_online"), blocks("fpmd_online")
-    for name in sorted(shared | {"update_alpha", "update", "check_args", "replay", "main"}):
-        assert ours[name] == fpmd[name], name
-
-
 def test_dpmd_has_fpmds_size_and_defaults():
     """The noise predictor has the shape of FPMD-R's velocity field; what both can set is equal."""
     import fpmd_online as fpmd
@@ -352,7 +349,7 @@ def test_dpmd_has_fpmds_size_and_defaults():
     assert count(agent.policy) == 148_024 and count(agent.critic.q1) == 141_057
     ours, theirs = vars(dpmd.Args()), vars(fpmd.Args())
     assert set(ours) - set(theirs) == {"beta_schedule"}
-    assert set(theirs) <= set(ours)
+    assert set(theirs) - set(ours) <= {"particle_temperature"}
     assert {key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]} == {"exp_name"}
     assert not [key for key in agent.state_dict() if "alpha_bar" in key]
 
@@ -387,9 +384,9 @@ def test_noise_schedule_against_numpy(kind, steps):
 
 @SCHEDULES
 def test_the_flag_chooses_the_schedule(kind):
-    """The agent's policy and its slow copy denoise, and learn, with the schedule asked for."""
+    """The agent's policy and its moving average denoise, and learn, with the schedule asked for."""
     agent, _ = make_agent(dpmd, beta_schedule=kind)
-    for policy in agent.policy, agent.target_policy:
+    for policy in agent.policy, agent.acting_policy:
         np.testing.assert_allclose(policy.signal, numpy_schedule(kind, 20)[1], rtol=1e-10)
         np.testing.assert_allclose(policy.alpha_bar.numpy(), policy.signal, rtol=1e-5)
 
@@ -452,7 +449,7 @@ def dpmd_agent(**changes):
 
 def calls_of(agent):
     """How often each network is asked, in the order of the names."""
-    calls = {name: [] for name in ("target_policy", "policy", "critic", "target_critic")}
+    calls = {name: [] for name in ("acting_policy", "policy", "critic", "target_critic")}
     for name, seen in calls.items():
         getattr(agent, name).register_forward_hook(lambda *_, seen=seen: seen.append(1))
     return calls
@@ -463,29 +460,29 @@ def calls_of(agent):
     [("one_step", [1, 0]), ("one_candidate", [5, 0]), ("best_of_n", [5, 1]), ("explore", [5, 1])],
 )
 def test_dpmd_modes_cost_what_they_say(mode, asked):
-    """Evaluations of the slow policy and of the online critic, none of the others."""
+    """Evaluations of the acting policy and of the online critic, none of the others."""
     agent, args = dpmd_agent()
     calls = calls_of(agent)
-    actions = dpmd.act(agent, torch.randn(50, OBS), args, rng(), mode)
+    actions = act(dpmd, agent, torch.randn(50, OBS), args, rng(), mode)
     assert [len(seen) for seen in calls.values()] == [asked[0], 0, asked[1], 0]
     assert actions.shape == (50, ACT) and actions.abs().max() <= 1 and not actions.requires_grad
     if mode != "explore":
-        assert agent.modes[mode] == (asked[0], 3 if mode == "best_of_n" else 1)
-    assert next(iter(agent.modes)) == "one_candidate"
+        assert dpmd.cost_of(mode, args) == (asked[0], 3 if mode == "best_of_n" else 1)
+    assert dpmd.DEPLOYED == next(iter(dpmd.MODES)) == "one_candidate"
 
 
 def test_one_step_is_the_action_predicted_from_noise():
     """x_0 in the highest level's noise alone: (x - sqrt(1 - A) eps(s, x, T-1)) / sqrt(A)."""
     agent, args = dpmd_agent()
-    obs, inputs = torch.randn(50, OBS), []
-    agent.target_policy.register_forward_pre_hook(lambda _, call: inputs.append(call))
-    actions = dpmd.act(agent, obs, args, rng(), "one_step")
+    obs, inputs = torch.randn(5_000, OBS), []
+    agent.acting_policy.register_forward_pre_hook(lambda _, call: inputs.append(call))
+    actions = act(dpmd, agent, obs, args, rng(), "one_step")
     (_, x, k), signal = inputs[0], numpy_schedule("cosine", 5)[1][-1]
-    first = torch.randn((2, 1, 50, ACT), generator=rng())[0]
-    assert len(inputs) == 1 and k.item() == 4 and x.equal(0.7 * first)
+    assert len(inputs) == 1 and k.item() == 4
+    assert x.std().item() == pytest.approx(0.7, rel=0.03)  # 10,000 draws: 0.7 %
     with torch.no_grad():
-        eps = agent.target_policy(obs, x, torch.tensor([4]))
-    expected = ((x - (1 - signal) ** 0.5 * eps) / signal**0.5)[0]
+        eps = agent.acting_policy(obs, x, torch.tensor([4]))
+    expected = ((x - (1 - signal) ** 0.5 * eps) / signal**0.5).reshape(5_000, ACT)
     torch.testing.assert_close(actions, expected.clamp(-1, 1), rtol=1e-4, atol=1e-4)
 
 
@@ -510,26 +507,12 @@ def test_dpmd_noise_is_independent_and_of_the_right_size():
 def test_exploring_adds_alpha_times_noise_scale():
     """explore is best_of_n with the noise of the schedule on every candidate, then clipped."""
     agent, args = dpmd_agent(num_candidates=1, alpha_init=4.0, noise_scale=0.02)
-    agent.target_policy = Field(lambda x, k: x / 2, "linear", 5, ACT)  # most actions inside
+    agent.acting_policy = Field(lambda x, k: x / 2, "linear", 5, ACT)  # most actions inside
     obs = torch.zeros(5_000, OBS)
-    quiet, noisy = (dpmd.act(agent, obs, args, rng(), mode) for mode in ("best_of_n", "explore"))
+    quiet, noisy = (act(dpmd, agent, obs, args, rng(), mode) for mode in ("best_of_n", "explore"))
     inside = (quiet.abs() < 0.6).all(-1)
     assert inside.float().mean() > 0.2
     assert (noisy - quiet)[inside].std().item() == pytest.approx(0.08, rel=0.06)
-
-
-def test_dpmd_deploys_the_same_policy():
-    """for_one_step looks the embedding up, for every level; the policy stays as it was."""
-    agent, args = dpmd_agent()
-    randomise(agent.target_policy, 0)
-    before, obs = values(agent.target_policy), torch.randn(5, OBS)
-    folded = dpmd.for_one_step(agent.target_policy)
-    for k in range(5):
-        for x in torch.randn(5, ACT), torch.randn(4, 5, ACT):
-            expected = agent.target_policy(obs, x, torch.tensor([k]))
-            torch.testing.assert_close(folded(obs, x, torch.tensor([k])), expected)
-    assert all(equal(before, values(agent.target_policy)))
-    assert args.flow_steps == 5 and len(folded.signal) == 5
 
 
 # ---------------------------------------------------------------------------- DPMD: learning
@@ -548,45 +531,46 @@ def test_dpmd_policy_loss_against_numpy(kind):
     signal = numpy_schedule(kind, 20)[1][k]
     x = np.sqrt(signal) * a + np.sqrt(1 - signal) * e
     embedding = numpy_mlp(policy.time_mlp, numpy_time_embedding(k))
-    eps = numpy_mlp(policy.net, np.concatenate([obs, x, embedding], -1))
+    eps = numpy_mlp(policy.net, np.concatenate([obs, embedding, x], -1))
     assert loss.item() == pytest.approx(np.mean(w[:, None] * (eps - e) ** 2), rel=1e-5)
 
 
 def test_dpmd_update_hands_over_the_right_numbers(monkeypatch):
     """At s' with the TD action, FPMD's weights, levels uniform over 0..T-1, noise N(0, I)."""
     agent, args = dpmd_agent(num_candidates=4, alpha_init=2.0)
-    agent.q_stats.copy_(torch.tensor([0.3, 0.6]))
+    set_statistics(agent, 0.3, 0.6)
     batch = {key: x.repeat_interleave(200, 0) for key, x in make_batch().items()}
-    policy_calls = spy(monkeypatch, agent, "policy_loss")
+    policy_calls = spy(monkeypatch, dpmd, "policy_loss")
     critic_calls = spy(monkeypatch, dpmd, "critic_loss")
     selections = spy(monkeypatch, dpmd, "select_action")
     proposals = spy(monkeypatch, dpmd, "propose")
-    before = values(agent.critic), agent.q_stats.clone()
-    metrics = dpmd.update(agent, batch, args, rng())
+    before, statistics = values(agent.critic), torch.stack([agent.q_mean, agent.q_std])
+    metrics = one_update(dpmd, agent, batch, args, rng())
     (policy, obs, actions, w, noise, k), _ = policy_calls[0]
     (best, scores) = selections[0][1]
     assert policy is agent.policy is proposals[0][0][0] and len(proposals) == 1
     assert proposals[0][0][2].item() == pytest.approx(0.2)  # alpha noise_scale
     assert obs.equal(batch["next_obs"]) and actions.equal(best)
-    assert critic_calls[0][0][3].equal(best) and not any(equal(before[0], values(agent.critic)))
+    assert critic_calls[0][0][3].equal(best) and not any(equal(before, values(agent.critic)))
     q = scores.amax(0)
-    torch.testing.assert_close(w, dpmd.importance_weights(q, before[1], torch.tensor(2.0), args))
+    torch.testing.assert_close(w, len(q) * (q / (0.6 * 3)).softmax(0))
     assert not any(x.requires_grad for x in (actions, w, noise, k)) and w.std() > 0
     assert k.shape == (6_400, 1) and noise.std().item() == pytest.approx(1, abs=0.04)
     assert (torch.bincount(k[:, 0], minlength=5) - 1_280).abs().max() < 160  # five std
     now = torch.stack([q.mean(), q.std(correction=0)])
-    torch.testing.assert_close(agent.q_stats, before[1].lerp(now, args.q_stats_rate))
+    after = torch.stack([agent.q_mean, agent.q_std])
+    torch.testing.assert_close(after, statistics.lerp(now, args.q_stats_rate))
     ess = w.sum() ** 2 / (len(w) * (w**2).sum())
     assert metrics["policy/ess"].item() == pytest.approx(ess.item(), rel=1e-4)
     assert all(x.shape == () and not x.requires_grad for x in metrics.values())
 
 
 def test_dpmd_losses_train_their_own_networks():
-    """Policy and slow copies move at every second update, the critics at every one."""
+    """Policy and moving averages move at every second update, the critics at every one."""
     agent, args = dpmd_agent()
     for update in range(3):
         old = {name: values(module) for name, module in agent.named_children()}
-        metrics = dpmd.update(agent, make_batch(update), args, rng(update))
+        metrics = one_update(dpmd, agent, make_batch(update), args, rng(update))
         same = {name: equal(old[name], values(module)) for name, module in agent.named_children()}
         assert not any(same.pop("critic"))
         for name, tensors in same.items():
@@ -630,10 +614,10 @@ def test_dpmd_finds_four_points():
         loss.backward()
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - update / updates)
         optimizer.step()
-    agent.target_policy, obs = policy, torch.zeros(2_000, OBS)
-    gap, shares = to_nearest_mode(dpmd.act(agent, obs, args, rng(), "one_candidate"))
+    agent.acting_policy, obs = policy, torch.zeros(2_000, OBS)
+    gap, shares = to_nearest_mode(act(dpmd, agent, obs, args, rng(), "one_candidate"))
     assert gap < 0.15 and shares.min() > 0.1
-    assert to_nearest_mode(dpmd.act(agent, obs, args, rng(), "one_step"))[0] > 2 * gap
+    assert to_nearest_mode(act(dpmd, agent, obs, args, rng(), "one_step"))[0] > 2 * gap
 
 
 def test_all_scripts_are_under_test():

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import FILES, FPMD, OFFLINE, FakeGraph, known, load, recordable
+from conftest import FILES, FPMD, OFFLINE, FakeGraph, known, load, one_update, recordable
 from test_offline_to_online import made_up_dataset
 from test_resume import differences, rows
 
@@ -50,11 +50,13 @@ def full_buffer(script, args):
     draw, n = np.random.default_rng(0), 1_000
     if script.__name__ == OFFLINE:
         buffer = script.ReplayBuffer(args, OBS_DIM, ACT_DIM, DEVICE)
-        buffer.add(*made_up_dataset(OBS_DIM, ACT_DIM, n))
+        buffer.add(**made_up_dataset(OBS_DIM, ACT_DIM, n))
         return buffer
     buffer = script.ReplayBuffer(args.buffer_size, OBS_DIM, ACT_DIM, DEVICE)
     sizes = (n, OBS_DIM), (n, ACT_DIM), (n,), (n, OBS_DIM)
-    buffer.add(*(draw.uniform(-1, 1, size) for size in sizes), draw.random(n) < 0.1)
+    names = "obs", "actions", "rewards", "next_obs"
+    columns = {name: draw.uniform(-1, 1, size) for name, size in zip(names, sizes, strict=True)}
+    buffer.add(**columns, terminations=draw.random(n) < 0.1)
     return buffer
 
 
@@ -70,24 +72,24 @@ def train(script, path, **changes):
     start = torch.cat([p.detach().flatten().clone() for p in agent.parameters()])
     rng, draw = torch.Generator(DEVICE).manual_seed(0), np.random.default_rng(1)
     buffer, actions = full_buffer(script, args), []
+    explore, improve = script.act_explore, script.update
     if path in ("compiled", "captured") and not SMOKE:
-        script.accelerate(agent, args, DEVICE)
-        assert isinstance(agent.learn, script.Captured), "nothing was compiled or captured"
-    if path in ("eager", "compiled"):
-        agent.act, agent.learn = script.act, script.learn
-    elif path == "graph" or SMOKE:
-        agent.act, agent.learn = (
-            script.Captured(recordable(f)) for f in (script.act, script.learn)
-        )
+        explore, improve = script.accelerate(agent, explore, improve, args)
+        assert isinstance(improve, script.Captured), "nothing was compiled or captured"
+        if path == "compiled":  # what would have been recorded
+            explore, improve = explore.function, improve.function
+    elif path in ("graph", "captured"):
+        explore, improve = (script.Captured(recordable(f)) for f in (explore, improve))
     if path == "graph" and not SMOKE:
         torch.cuda.synchronize()
         torch.cuda.set_stream(torch.cuda.Stream())
     for _ in range(UPDATES):
         obs = torch.tensor(draw.standard_normal((5, OBS_DIM)), dtype=torch.float32, device=DEVICE)
-        actions.append(agent.act(agent, obs, args, rng, "explore").clone())
-        metrics = script.update(agent, buffer.sample(args.batch_size, rng), args, rng)
-    if isinstance(agent.learn, script.Captured):
-        assert agent.act.graphs and agent.learn.graphs, "nothing was recorded"
+        actions.append(explore(agent, obs, args, rng).clone())
+        batch = buffer.sample(args.batch_size, rng)
+        metrics = one_update(script, agent, batch, args, rng, improve)
+    if isinstance(improve, script.Captured):
+        assert explore.graphs and improve.graphs, "nothing was recorded"
     end = torch.cat([p.detach().flatten() for p in agent.parameters()])
     optimizers = {key: opt.state_dict()["state"] for key, opt in agent.optimizers.items()}
     return SimpleNamespace(

@@ -39,7 +39,9 @@ def test_sampling_is_uniform_with_replacement(script):
     """Every stored row equally often, and never one that was not stored."""
     buffer = script.ReplayBuffer(50, 1, 1, torch.device("cpu"))
     for i in range(20):
-        buffer.add(*[np.full((1, 1), i)] * 2, np.full(1, i), np.full((1, 1), i), np.zeros(1))
+        x = np.full((1, 1), i)
+        row = {"obs": x, "actions": x, "rewards": x[0], "next_obs": x, "terminations": np.zeros(1)}
+        buffer.add(**row)
     batch = buffer.sample(20_000, torch.Generator().manual_seed(0))
     counts = np.bincount(batch["rewards"].int().numpy(), minlength=20)
     assert len(counts) == 20 and np.abs(counts - 1000).max() < 150
@@ -64,7 +66,6 @@ def test_updates_follow_from_utd_alone(script, run, monkeypatch, num_envs, utd):
 
     def counted(agent, *rest):
         steps.append(1)
-        agent.updates += 1
         return {"losses/critic_loss": torch.zeros(())}
 
     monkeypatch.setattr(script, "update", counted)
@@ -133,26 +134,43 @@ def test_success_rate_is_the_share_of_successful_episodes(script, run):
     assert costs == {mode: known_costs[mode] for mode in costs}
 
 
+@pytest.mark.parametrize("in_processes", [False, True])
+@pytest.mark.parametrize("key", ["success", "is_success"])
+def test_success_passes_through_the_vector_env(script, in_processes, key):
+    """SeededEpisodes drops what nobody reads of an env's infos; success must reach evaluate."""
+    name = {"success": "Succeeding", "is_success": "Solving"}[key]
+    envs = script.make_envs(f"probe_envs:{name}-v0", 6, in_processes)
+    args = script.Args(**known(script, {"hidden_dim": 8, "num_candidates": 2, "flow_steps": 1}))
+    agent = script.Agent(1, 1, args, torch.device("cpu"))
+    first, _ = envs.reset(seed=[2 * args.seed + 1] * 6)  # those that an evaluation starts from
+    expected = (first[:, 0] > 0).astype(float)
+    assert 0 < expected.mean() < 1
+    returns, successes = script.evaluate(script.MODES[script.DEPLOYED], agent, envs, args)
+    assert successes.tolist() == expected.tolist() and returns.tolist() == [3.0] * 6
+    infos = envs.step(np.zeros((6, 1), np.float32))[-1]
+    assert set(infos) == {key, f"_{key}"}, "of a step within an episode"
+    envs.close()
+
+
 def test_success_rate_is_empty_where_there_is_none(run):
     run_dir = run(env_id="probe_envs:Constant-v0", eval_every=400)
     header, row, *_ = (run_dir / "evaluations.csv").read_text().splitlines()
     assert dict(zip(header.split(","), row.split(","), strict=True))["success_rate"] == ""
 
 
-def test_evaluation_counts_the_first_episode_of_every_env(script, coded_log, tmp_path):
+def test_evaluation_counts_the_first_episode_of_every_env(script, coded_log):
     """Envs that finish early start again while the others run on; that does not count."""
     envs = script.make_envs("probe_envs:Coded-v0", 8)
     coded_log.clear()
     args = script.Args(**known(script, {"hidden_dim": 8, "num_candidates": 2, "flow_steps": 1}))
     agent = script.Agent(3, 2, args, torch.device("cpu"))
-    result = script.evaluate(agent, envs, args, "one_step", tmp_path)
+    returns, successes = script.evaluate(script.MODES[script.DEPLOYED], agent, envs, args)
     expected = {}
     for obs, _, reward, _, _ in coded_log:
         expected.setdefault(obs[0], {}).setdefault(obs[1], []).append(reward)
     first = [sum(next(iter(episodes.values()))) for episodes in expected.values()]
     assert max(len(episodes) for episodes in expected.values()) > 1
-    assert [float(value) for value in result["returns"].split()] == sorted(first)
-    assert result["return_mean"] == np.mean(first) and result["return_std"] == np.std(first)
+    assert returns.tolist() == sorted(first) and np.isnan(successes).all()
 
 
 def test_evaluation_and_training_share_no_seed(script, run, monkeypatch):

@@ -7,7 +7,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import OneStep, flows_only, fpmd_only, numpy_mlp, numpy_time_embedding, randomise, rng
+from conftest import (
+    OneStep,
+    act,
+    flows_only,
+    fpmd_only,
+    numpy_mlp,
+    numpy_time_embedding,
+    randomise,
+    rng,
+    spy,
+)
 from torch import nn
 
 import fpmd_online as fpmd
@@ -34,11 +44,11 @@ def generate(velocity, noise, flow_steps):
 
 
 def make_agent(script, obs_dim=3, act_dim=2, field=None, seed=0, **changes):
-    """A small agent and its args; field, if any, takes the place of the slow policy."""
+    """A small agent and its args; field, if any, takes the place of the policy that acts."""
     torch.manual_seed(seed)
     args = script.Args(**{"hidden_dim": 16, "num_candidates": 4, "flow_steps": 3} | changes)
     agent = script.Agent(obs_dim, act_dim, args, torch.device("cpu"))
-    agent.target_policy = field or agent.target_policy
+    agent.acting_policy = field or agent.acting_policy
     return agent, args
 
 
@@ -220,38 +230,32 @@ def test_policy_loss_of_the_network_against_numpy():
     loss = fpmd.policy_loss(policy, *(x.float() for x in (obs, a, w, e, t)))
     obs, a, w, e, t = (x.numpy() for x in (obs, a, w, e, t))
     embedding = numpy_mlp(policy.time_mlp, numpy_time_embedding(t))
-    v = numpy_mlp(policy.net, np.concatenate([obs, (1 - t) * e + t * a, embedding], -1))
+    v = numpy_mlp(policy.net, np.concatenate([obs, embedding, (1 - t) * e + t * a], -1))
     expected = np.mean(w[:, None] * (v - (a - e)) ** 2)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_times_are_uniform():
+def test_times_are_uniform(monkeypatch):
     """Every policy step draws t ~ U(0, 1), one per sample."""
     agent, args = make_agent(fpmd)
-    times, loss = [], agent.policy_loss
-
-    def catch(policy, obs, actions, w, noise, t):
-        times.append(t)
-        return loss(policy, obs, actions, w, noise, t)
-
-    agent.policy_loss, n = catch, 20_000
-    fpmd.policy_gradient(agent, torch.zeros(n, 3), torch.zeros(n, 2), torch.ones(n), args, rng())
-    t = times[0].squeeze(-1).sort().values
+    calls, n = spy(monkeypatch, fpmd, "policy_loss"), 20_000
+    fpmd.update_policy(agent, torch.zeros(n, 3), torch.zeros(n, 2), torch.ones(n), args, rng())
+    (*_, times), _ = calls[0]
+    t = times.squeeze(-1).sort().values
     distance = (t - torch.arange(n) / n).abs().max()
-    assert (
-        times[0].shape == (n, 1) and distance < 0.015
-    )  # Kolmogorov: 95 % of draws are below 0.0096
+    # Kolmogorov: 95 % of draws are below 0.0096
+    assert times.shape == (n, 1) and distance < 0.015
 
 
 def test_one_step_is_one_evaluation_at_noise():
-    """a = clip(z_0 + v(s, z_0, 0)): one call of the slow policy, no critic, inside the box."""
+    """a = clip(z_0 + v(s, z_0, 0)): one call of the acting policy, no critic, inside the box."""
     agent, args = make_agent(fpmd, flow_steps=20)
-    policy, obs, inputs = agent.target_policy, torch.randn(500, 3), []
+    policy, obs, inputs = agent.acting_policy, torch.randn(500, 3), []
     with torch.no_grad():
-        policy.net[-1].weight *= 5  # many actions beyond the box
+        policy.net.rest[-1].weight *= 5  # many actions beyond the box
     policy.register_forward_pre_hook(lambda _, call: inputs.append(call))
     others = [count_calls(module) for module in (agent.policy, agent.critic, agent.target_critic)]
-    actions = fpmd.act(agent, obs, args, rng(), "one_step")
+    actions = act(fpmd, agent, obs, args, rng(), "one_step")
     assert len(inputs) == 1 and others == [[], [], []]
     _, noise, t = inputs[0]
     assert noise.equal(args.prior_std * torch.randn((500, 2), generator=rng()))
@@ -287,19 +291,19 @@ def test_prior_std_scales_the_noise(script, prior_std, mode):
     field = OneStep(lambda z: z, script=script)
     changes = {"prior_std": prior_std, "num_candidates": 1, "noise_scale": 0.0}
     agent, args = make_agent(script, act_dim=1, field=field, **changes)
-    actions = script.act(agent, torch.zeros(20_000, 3), args, rng(), mode)
+    actions = act(script, agent, torch.zeros(20_000, 3), args, rng(), mode)
     assert actions.mean().item() == pytest.approx(0, abs=0.03 * prior_std)  # 0.7 % is one std
     assert actions.std().item() == pytest.approx(prior_std, rel=0.03)  # 0.5 % is one std
 
 
 @fpmd_only
 @pytest.mark.parametrize("mode", ["explore", "best_of_n"])
-def test_act_samples_the_slow_policy_and_ranks_with_the_online_critic(script, mode):
-    """T evaluations of target_policy, one of critic, none of policy and target_critic."""
+def test_acting_samples_the_moving_average_and_ranks_with_the_online_critic(script, mode):
+    """T evaluations of acting_policy, one of critic, none of policy and target_critic."""
     agent, args = make_agent(script, flow_steps=7, prior_std=1.0)
-    names = "target_policy", "policy", "critic", "target_critic"
+    names = "acting_policy", "policy", "critic", "target_critic"
     calls = [count_calls(getattr(agent, name)) for name in names]
-    actions = script.act(agent, torch.randn(100, 3), args, rng(), mode)
+    actions = act(script, agent, torch.randn(100, 3), args, rng(), mode)
     assert [len(c) for c in calls] == [7, 0, 1, 0]
     assert actions.shape == (100, 2) and not actions.requires_grad
     assert actions.abs().max() == 1  # with N(0, 1) noise some action meets the box, none leaves it
@@ -307,15 +311,15 @@ def test_act_samples_the_slow_policy_and_ranks_with_the_online_critic(script, mo
 
 @fpmd_only
 @pytest.mark.parametrize("mode", ["explore", "best_of_n", "one_step"])
-def test_act_follows_the_weights_of_the_slow_policy(script, mode):
-    """New online weights change nothing, new slow weights change every action."""
+def test_acting_follows_the_weights_of_the_moving_average(script, mode):
+    """New online weights change nothing, new acting weights change every action."""
     agent, args = make_agent(script)
     obs = torch.randn(50, 3)
-    before = script.act(agent, obs, args, rng(), mode)
+    before = act(script, agent, obs, args, rng(), mode)
     agent.policy = make_agent(script, seed=1)[0].policy
-    assert script.act(agent, obs, args, rng(), mode).equal(before)
-    agent.target_policy = copy.deepcopy(agent.policy)
-    unchanged = script.act(agent, obs, args, rng(), mode).isclose(before).all(-1)
+    assert act(script, agent, obs, args, rng(), mode).equal(before)
+    agent.acting_policy = copy.deepcopy(agent.policy)
+    unchanged = act(script, agent, obs, args, rng(), mode).isclose(before).all(-1)
     assert unchanged.float().mean() < 0.2  # those in a corner of the box both times
 
 
@@ -326,7 +330,7 @@ def test_exploration_noise_is_alpha_times_noise_scale(script):
     changes = {"noise_scale": 0.02, "num_candidates": 1, "alpha_init": 4.0, "flow_steps": 1}
     agent, args = make_agent(script, act_dim=1, field=field, **changes)
     noisy, quiet = (
-        script.act(agent, torch.zeros(20_000, 3), args, rng(), mode)
+        act(script, agent, torch.zeros(20_000, 3), args, rng(), mode)
         for mode in ("explore", "best_of_n")
     )
     assert quiet.abs().max() < 1e-6
@@ -340,7 +344,7 @@ def test_exploration_noise_is_alpha_times_noise_scale(script):
 def mish(script, request, monkeypatch):
     """Mish by either of its formulas; the compiled one is run eagerly here."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param)
-    return script.Mish()
+    return script.FastMish()
 
 
 @fpmd_only
@@ -375,9 +379,27 @@ def test_time_embedding_against_numpy(script):
 def test_initial_weights_are_cut_normal_with_fan_in(script):
     """Weights N(0, 1 / fan_in) cut at two std (so of std 0.88 / sqrt(fan_in)), biases zero."""
     torch.manual_seed(0)
-    linears = [m for m in script.MLP(100, 400, 300, 7) if isinstance(m, nn.Linear)]
-    assert [(m.in_features, m.out_features) for m in linears] == [(100, 400), (400, 300), (300, 7)]
-    for linear in linears:
-        scaled = linear.weight.detach() * linear.in_features**0.5
-        assert scaled.abs().max() <= 2 and not linear.bias.any()
+    net = script.MLP((60, 40), 300, 7)
+    linears = [m for m in net.modules() if isinstance(m, nn.Linear)]
+    shapes = [(m.in_features, m.out_features) for m in linears]
+    assert shapes == [(60, 300), (40, 300), (300, 300), (300, 300), (300, 7)]
+    # the parts of the first layer are one layer of 100 inputs, with one bias
+    for linear, fan_in in zip(linears, [100, 100, 300, 300, 300], strict=True):
+        scaled = linear.weight.detach() * fan_in**0.5
+        assert scaled.abs().max() <= 2
         assert scaled.std().item() == pytest.approx(0.8796, rel=0.04)  # 2,100 draws: 1.3 %
+    biases = [m.bias for m in linears if m.bias is not None]
+    assert len(biases) == 4 and not any(bias.any() for bias in biases)
+
+
+@flows_only
+def test_first_layer_is_a_linear_layer_on_concatenated_inputs(script):
+    """By parts, so that states (B, ...) broadcast over candidates (N, B, ...)."""
+    torch.manual_seed(0)
+    first = script.FirstLayer(5, 3, 2, out_dim=8)
+    randomise(first, 1)
+    x, y, z = torch.randn(6, 5), torch.randn(1, 3), torch.randn(4, 6, 2)
+    weight = torch.cat([part.weight for part in first.parts], 1)
+    (bias,) = (part.bias for part in first.parts if part.bias is not None)
+    whole = torch.cat([x.expand(4, 6, 5), y.expand(4, 6, 3), z], -1)
+    torch.testing.assert_close(first(x, y, z), nn.functional.linear(whole, weight, bias))

@@ -11,7 +11,7 @@ from conftest import fpmd_only
 def test_inverted_pendulum_is_solved(run):
     """The one-step policy balances for the whole 1,000 steps, in every episode, after 5,000 steps.
 
-    Faster slow copies, learning rates and alpha than published, to fit into a minute or two.
+    Faster moving averages, learning rates and alpha than published, to fit into a minute or two.
     """
     run_dir = run(
         env_id="InvertedPendulum-v4",

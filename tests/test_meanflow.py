@@ -8,7 +8,16 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import COMPILER, distance, numpy_mlp, numpy_time_embedding, randomise, rng
+from conftest import (
+    COMPILER,
+    act,
+    distance,
+    numpy_mlp,
+    numpy_time_embedding,
+    randomise,
+    rng,
+    spy,
+)
 from torch import nn
 
 import fpmd_meanflow_online as fpmd
@@ -123,15 +132,15 @@ def test_constant_field_is_exact_whatever_the_number_of_jumps(steps):
 
 
 def test_one_step_is_one_evaluation_between_noise_and_data():
-    """a = clip(z - u(s, z, 0, 1)), z = prior_std e: one call of the slow policy, no critic."""
+    """a = clip(z - u(s, z, 0, 1)), z = prior_std e: one call of the acting policy, no critic."""
     agent, args = make_agent(flow_steps=20, prior_std=0.7)
-    policy, obs, inputs, others = agent.target_policy, torch.randn(500, 3), [], []
+    policy, obs, inputs, others = agent.acting_policy, torch.randn(500, 3), [], []
     with torch.no_grad():
-        policy.net[-1].weight *= 5  # many actions beyond the box
+        policy.net.rest[-1].weight *= 5  # many actions beyond the box
     policy.register_forward_pre_hook(lambda _, call: inputs.append(call))
     for module in agent.policy, agent.critic, agent.target_critic:
         module.register_forward_hook(lambda *_: others.append(1))
-    actions = fpmd.act(agent, obs, args, rng(), "one_step")
+    actions = act(fpmd, agent, obs, args, rng(), "one_step")
     assert len(inputs) == 1 and others == []
     seen_obs, z, r, t = inputs[0]
     assert seen_obs.equal(obs) and z.equal(0.7 * torch.randn((500, 2), generator=rng()))
@@ -226,7 +235,7 @@ def test_loss_of_the_network_against_numpy():
         z = (1 - t) * a + t * e + step * (e - a)
         times = zip((policy.r_mlp, policy.t_mlp), (r, t + step), strict=True)
         embeddings = [numpy_mlp(net, numpy_time_embedding(time)) for net, time in times]
-        return numpy_mlp(policy.net, np.concatenate([obs, z, *embeddings], -1))
+        return numpy_mlp(policy.net, np.concatenate([obs, *embeddings, z], -1))
 
     target = e - a - (t - r) * (u(1e-5) - u(-1e-5)) / 2e-5
     expected = np.mean(w[:, None] * (u(0) - target) ** 2)
@@ -284,19 +293,14 @@ def test_weights_weigh_samples():
 # ---------------------------------------------------------------------------- pairs of times
 
 
-def drawn_times(p_instant, n=40_000):
+def drawn_times(monkeypatch, p_instant, n=40_000):
     """r and t (n,) of one policy step, caught where the loss gets them."""
     agent, args = make_agent(p_instant=p_instant)
-    caught = []
-
-    def catch(policy, obs, actions, w, noise, r, t):
-        caught.extend([r, t])
-        return sum(p.sum() for p in policy.parameters())
-
-    agent.policy_loss = catch
-    fpmd.policy_gradient(agent, torch.zeros(n, 3), torch.zeros(n, 2), torch.ones(n), args, rng())
-    assert [x.shape for x in caught] == [(n, 1)] * 2
-    r, t = (x.squeeze(-1).double() for x in caught)
+    calls = spy(monkeypatch, fpmd, "policy_loss")
+    fpmd.update_policy(agent, torch.zeros(n, 3), torch.zeros(n, 2), torch.ones(n), args, rng())
+    (*_, r, t), _ = calls[0]
+    assert r.shape == t.shape == (n, 1)
+    r, t = (x.squeeze(-1).double() for x in (r, t))
     assert (r >= 0).all() and (r <= t).all() and (t <= 1).all()
     return r, t
 
@@ -310,22 +314,22 @@ def assert_sorted_uniforms(r, t):
     assert t.mean().item() == pytest.approx(2 / 3, abs=0.01)
 
 
-def test_times_are_two_sorted_uniforms():
+def test_times_are_two_sorted_uniforms(monkeypatch):
     """By default r < t everywhere, and pairs come close to (0, 1), where one-step samples ask."""
-    r, t = drawn_times(0.0)
+    r, t = drawn_times(monkeypatch, 0.0)
     assert (r < t).all() and (t - r).max() > 0.98
     assert_sorted_uniforms(r, t)
 
 
-def test_all_pairs_instant():
+def test_all_pairs_instant(monkeypatch):
     """p_instant = 1 is flow matching: r = t, uniform."""
-    r, t = drawn_times(1.0)
+    r, t = drawn_times(monkeypatch, 1.0)
     assert r.equal(t) and distance(t, lambda x: x) < 2 / len(t) ** 0.5
 
 
-def test_a_quarter_of_the_pairs_instant():
+def test_a_quarter_of_the_pairs_instant(monkeypatch):
     """p_instant = 0.25: a random quarter has r = t, uniform, the rest two sorted uniforms."""
-    r, t = drawn_times(0.25)
+    r, t = drawn_times(monkeypatch, 0.25)
     instant = r == t
     assert instant.double().mean().item() == pytest.approx(0.25, abs=0.01)  # 0.2 % is one std
     assert distance(t[instant], lambda x: x) < 2 / instant.sum() ** 0.5

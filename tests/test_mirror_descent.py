@@ -14,7 +14,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import FPMD, OneStep, fit, rng
+from conftest import FPMD, OneStep, fit, rng, set_statistics
 from torch import nn
 
 import fpmd_online as fpmd
@@ -22,7 +22,7 @@ import fpmd_online as fpmd
 torch.set_num_threads(1)
 
 STATES, TOLERANCE = 200_000, 0.01
-MEAN, SIGMA, SPREAD, ALPHA = -1.5, 0.5, 0.8, 0.5  # q_stats and alpha; clip_alpha does clip
+MEAN, SIGMA, SPREAD, ALPHA = -1.5, 0.5, 0.8, 0.5  # statistics of Q; clip_alpha does clip
 GRID = np.linspace(-1, 1, 8_001)  # the box holds all of pi_old but 6e-5
 
 
@@ -70,25 +70,25 @@ TENT = KnownQ(lambda a: tent(a)[0], lambda a: tent(a)[1])
 
 
 def improve(script, policy, critic, states=STATES, seed=0, **args):
-    """One update: what reaches policy_gradient, actions (B,) and weights (B,), and the metrics."""
+    """One update: what reaches update_policy, actions (B,) and weights (B,), and the metrics."""
     args = {"num_candidates": 1, "flow_steps": 1, "prior_std": 1.0, "noise_scale": 0.0} | args
-    args, targets = script.Args(**args, alpha_init=ALPHA, hidden_dim=8), []
-    agent = script.Agent(1, 1, args, torch.device("cpu"))
+    args = script.Args(**args, alpha_init=ALPHA, hidden_dim=8)
+    agent, targets = script.Agent(1, 1, args, torch.device("cpu")), []
     policy.unused = nn.Parameter(torch.zeros(()))  # the moving averages want a parameter
     agent.policy, agent.critic = policy, critic
-    agent.target_policy = copy.deepcopy(policy).requires_grad_(False)
+    agent.acting_policy = copy.deepcopy(policy).requires_grad_(False)
     agent.target_critic = copy.deepcopy(critic).requires_grad_(False)
-    agent.q_stats.copy_(torch.tensor([MEAN, SIGMA, SPREAD]))
+    set_statistics(agent, MEAN, SIGMA, SPREAD)
 
-    def catch(agent, obs, actions, w, args, rng):
+    def catch(agent, obs, actions, w, *_):
         targets.extend([actions.squeeze(-1), w])
-        return torch.tensor(0.0)
+        return {}
 
     batch = {key: torch.zeros(states, 1) for key in ("obs", "next_obs", "actions")}
     batch |= {key: torch.zeros(states) for key in ("rewards", "terminations")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "policy_gradient", catch)
-        metrics = script.learn(agent, batch, args, rng(seed), improve=True)
+        patch.setattr(script, "update_policy", catch)
+        metrics = script.update(agent, batch, args, rng(seed), improve_policy=True)
     return *targets, metrics
 
 
@@ -190,7 +190,7 @@ def test_clip_alpha_keeps_the_precedence_of_the_release(script):
 
 def test_particles_tilt_within_each_state(script):
     """Resampling N candidates by softmax(Q / (sigma_s lambda)) gives the tilted pi_old, w = 1."""
-    options = {"weight_mode": "particles", "temperature": 1.25, "num_candidates": 64}
+    options = {"weight_mode": "particles", "particle_temperature": 1.25, "num_candidates": 64}
     targets = improvement_targets(script, old_policy(), TENT, STATES // 2, **options)
     wrong = {
         "sign flipped": PI * np.exp(-Q / (SPREAD * 1.25)),
@@ -208,7 +208,7 @@ def test_particles_are_exact_up_to_one_over_n(script):
     """The bias of resampling falls like 1 / N: a quarter from N = 2 to 8, and again to 32."""
     exact, distances = PI * np.exp(Q / (SPREAD * 0.5)), []
     for n in 2, 8, 32:
-        options = {"weight_mode": "particles", "temperature": 0.5, "num_candidates": n}
+        options = {"weight_mode": "particles", "particle_temperature": 0.5, "num_candidates": n}
         targets = improvement_targets(script, old_policy(), TENT, STATES // 2, **options)
         distances.append(distance(targets, exact))
     assert distances[0] > 0.1
@@ -227,8 +227,7 @@ def test_select_action_against_a_loop(script):
         actions, scores = script.select_action(critic, obs, candidates)
         for state in range(40):
             rows = candidates[:, state]
-            x = torch.cat([obs[state].expand(6, 3), rows], -1)
-            q = torch.minimum(critic.q1(x), critic.q2(x)).squeeze(-1)
+            q = torch.minimum(critic.q1(obs[state][None], rows), critic.q2(obs[state][None], rows))
             torch.testing.assert_close(scores[:, state], q)
             torch.testing.assert_close(actions[state], rows[q.argmax()].clamp(-1, 1))
     assert candidates.abs().max() > 1 and actions.abs().max() == 1
@@ -238,8 +237,13 @@ def test_select_action_against_a_loop(script):
 
 
 def weights(script, q, **args):
-    stats, args = torch.tensor([MEAN, SIGMA, SPREAD]), script.Args(**args)
-    return script.importance_weights(torch.as_tensor(q), stats, torch.tensor(ALPHA), args)
+    """The weights of states whose best candidate has this Q."""
+    args = script.Args(**args, alpha_init=ALPHA, hidden_dim=8)
+    agent = script.Agent(1, 1, args, torch.device("cpu"))
+    set_statistics(agent, MEAN, SIGMA, SPREAD)
+    scores = torch.as_tensor(q)[None]  # (1, B)
+    candidates = torch.zeros(*scores.shape, 1)
+    return script.mirror_descent_targets(agent, candidates, scores, args, rng())[1]
 
 
 @pytest.mark.parametrize("size", [1e4, 1e5, 1e6])
@@ -283,10 +287,16 @@ def test_other_weights_do_not_overflow(script, size):
         assert improve(script, old_policy(), critic, 256, **options)[2]["policy/ess"].item() == 1
 
 
+def given_or_default(name, value):
+    """Arguments that set a value, or none of them."""
+    return {} if value is None else {name: value}
+
+
 @pytest.mark.parametrize("given, used", [(None, 3.0), (3.0, 3.0), (0.7, 0.7)])
 def test_temperature_mode_defaults_to_three(script, given, used):
     """Two weights differ by exp((q_2 - q_1) / (sigma lambda)), lambda = 3 unless given."""
-    low, high = weights(script, [-1.0, 1.5], weight_mode="temperature", temperature=given)
+    options = {"weight_mode": "temperature"} | given_or_default("temperature", given)
+    low, high = weights(script, [-1.0, 1.5], particle_temperature=9.0, **options)
     assert (high / low).item() == pytest.approx(math.exp(2.5 / (SIGMA * used)), rel=1e-5)
 
 
@@ -300,7 +310,8 @@ def test_particles_mode_defaults_to_one_half(script, given, used):
     scores = np.array([[0.0, 7.0], [0.3, 7.0], [1.0, 7.6]])  # (N, kinds)
     candidates = torch.tensor(scores / 10, dtype=torch.float32).repeat(1, 20_000)[..., None]
     policy, critic = OneStep(lambda z: candidates), KnownQ(*[lambda a: 10 * a] * 2)
-    options = {"weight_mode": "particles", "temperature": given, "num_candidates": 3}
+    options = {"weight_mode": "particles", "num_candidates": 3, "temperature": 9.0}
+    options |= given_or_default("particle_temperature", given)
     drawn, w, metrics = improve(script, policy, critic, 40_000, **options)
     p = np.exp(scores / (SPREAD * used))
     p /= p.sum(0)

@@ -14,10 +14,14 @@ from conftest import (
     COMPILER,
     MODES,
     OneStep,
+    act,
     count,
     distance,
     equal,
+    first_weight,
+    layers,
     numpy_mlp,
+    one_update,
     randomise,
     rng,
     spy,
@@ -96,42 +100,45 @@ def test_parameter_counts_on_ant():
     agent = mvp.Agent(27, 8, mvp.Args(), torch.device("cpu"))
     assert count(agent.policy) == 811_528
     assert count(agent.critic.q1) == count(agent.critic.q2) == 811_009
-    assert agent.target_policy is agent.policy
+    assert agent.acting_policy is agent.policy
     trained = [p for p in agent.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trained) == 811_528 + 2 * 811_009
     optimized = [p for o in agent.optimizers.values() for g in o.param_groups for p in g["params"]]
     assert {id(p) for p in optimized} == {id(p) for p in trained}
-    assert count(agent) == 811_528 + 4 * 811_009  # with the slow critics
+    assert count(agent) == 811_528 + 4 * 811_009  # with the target critics
 
 
 def test_layers():
     """GELU by its tanh formula; in the critics LayerNorm after it, as Q-chunking's have it."""
     agent, _ = make_agent(hidden_layers=3)
     for net in agent.critic.q1, agent.critic.q2, agent.target_critic.q1, agent.target_critic.q2:
-        names = [type(module).__name__ for module in net]
-        assert names == ["Linear", "GELU", "LayerNorm"] * 3 + ["Linear"]
-        assert {module.eps for module in net if isinstance(module, nn.LayerNorm)} == {1e-6}
-    assert [type(m).__name__ for m in agent.policy.net] == ["Linear", "GELU"] * 3 + ["Linear"]
+        names = [type(module).__name__ for module in layers(net)]
+        assert names == ["FirstLayer", *["GELU", "LayerNorm", "Linear"] * 3]
+        assert {module.eps for module in net.rest if isinstance(module, nn.LayerNorm)} == {1e-6}
+    names = [type(module).__name__ for module in layers(agent.policy.net)]
+    assert names == ["FirstLayer", *["GELU", "Linear"] * 3]
     gelus = [module for module in agent.modules() if isinstance(module, nn.GELU)]
     assert len(gelus) == 5 * 3 and {module.approximate for module in gelus} == {"tanh"}
 
 
 def test_initial_weights_are_glorot_uniform():
-    """U(-b, b) with b^2 = 6 / (fan_in + fan_out), biases zero; slow critics start as copies."""
+    """U(-b, b) with b^2 = 6 / (fan_in + fan_out), biases zero; target critics start as copies."""
     torch.manual_seed(0)
-    linears = [m for m in mvp.MLP(100, 400, 300, 7) if isinstance(m, nn.Linear)]
-    assert [(m.in_features, m.out_features) for m in linears] == [(100, 400), (400, 300), (300, 7)]
-    for linear in linears:
-        bound = (6 / (linear.in_features + linear.out_features)) ** 0.5
-        scaled = linear.weight.detach() / bound
-        assert 0.99 < scaled.abs().max() <= 1 and not linear.bias.any()
+    net = mvp.MeanVelocityField(100, 7, 300, 2).net  # the parts of the first layer are one
+    weights = [first_weight(net), *(m.weight.detach() for m in net.rest if hasattr(m, "weight"))]
+    assert [tuple(weight.shape) for weight in weights] == [(300, 109), (300, 300), (7, 300)]
+    for weight in weights:
+        scaled = weight / (6 / sum(weight.shape)) ** 0.5
+        assert 0.99 < scaled.abs().max() <= 1
         assert scaled.std().item() == pytest.approx(3**-0.5, rel=0.04)  # 2,100 draws: 1 %
+    biases = [p for p in net.parameters() if p.ndim == 1]
+    assert len(biases) == 3 and not any(bias.any() for bias in biases)
     agent, _ = make_agent()
     assert all(equal(values(agent.critic), values(agent.target_critic)))
     assert not any(p.requires_grad for p in agent.target_critic.parameters())
     shared = {id(p) for p in agent.critic.parameters()}
     assert not shared & {id(p) for p in agent.target_critic.parameters()}
-    assert not agent.critic.q1[0].weight.equal(agent.critic.q2[0].weight)
+    assert not first_weight(agent.critic.q1).equal(first_weight(agent.critic.q2))
 
 
 def test_network_broadcasts_over_candidates_and_times():
@@ -261,7 +268,7 @@ def test_losses_of_the_network_against_numpy():
 
     def u(step, r):
         z = (1 - t) * e + t * a + step * (a - e)
-        return numpy_mlp(policy.net, np.concatenate([obs, z, t + step, r], -1))
+        return numpy_mlp(policy.net, np.concatenate([obs, t + step, r, z], -1))
 
     target = a - e + (r - t) * (u(1e-5, r) - u(-1e-5, r)) / 2e-5
     expected = np.mean((u(0, r) - target) ** 2), np.mean((u(0, t) - (a - e)) ** 2)
@@ -317,24 +324,24 @@ def test_the_loss_asks_at_the_earlier_time_and_at_the_boundary():
 # ---------------------------------------------------------------------------- pairs of times
 
 
-def caught_losses(agent):
+def caught_losses(monkeypatch):
     """The arguments with which an update calls the policy's loss."""
-    caught, loss = [], agent.policy_loss
+    caught, loss = [], mvp.policy_loss
 
     def catch(policy, *arguments):
         caught.append(arguments)
         return loss(policy, *arguments)
 
-    agent.policy_loss = catch
+    monkeypatch.setattr(mvp, "policy_loss", catch)
     return caught
 
 
-def test_times_are_two_sorted_uniforms():
+def test_times_are_two_sorted_uniforms(monkeypatch):
     """P(t > x) = (1 - x)^2, P(r < x) = x^2, P(r - t > x) = (1 - x)^2; some come close to (0, 1)."""
     n = 40_000
     agent, args = make_agent(num_candidates=1)
-    caught = caught_losses(agent)
-    mvp.update(agent, make_batch(n=n), args, rng())
+    caught = caught_losses(monkeypatch)
+    one_update(mvp, agent, make_batch(n=n), args, rng())
     ((_, actions, noise, *times),) = caught
     assert [x.shape for x in times] == [(n, 1)] * 2
     t, r = (x.squeeze(-1).double() for x in times)
@@ -359,8 +366,7 @@ def test_select_action_ranks_by_the_mean_of_the_critics():
         actions, scores = mvp.select_action(critic, obs, candidates)
         for state in range(40):
             rows = candidates[:, state]
-            x = torch.cat([obs[state].expand(6, 3), rows], -1)
-            q_1, q_2 = critic.q1(x).squeeze(-1), critic.q2(x).squeeze(-1)
+            q_1, q_2 = (q(obs[state][None], rows) for q in (critic.q1, critic.q2))
             torch.testing.assert_close(scores[:, state], (q_1 + q_2) / 2)
             assert actions[state].equal(rows[(q_1 + q_2).argmax()])
             others += torch.minimum(q_1, q_2).argmax().item() != (q_1 + q_2).argmax().item()
@@ -375,8 +381,8 @@ def test_candidates_are_clipped_before_ranking(monkeypatch):
     agent, args = make_agent(prior_std=2.0, noise_scale=0.5, num_candidates=8)
     randomise(agent.target_critic, 1)  # it has no say in this
     critic, selections = copy.deepcopy(agent.critic), spy(monkeypatch, mvp, "select_action")
-    done = [mvp.act(agent, torch.randn(50, 3), args, rng(), m) for m in ("explore", "best_of_n")]
-    mvp.update(agent, make_batch(), args, rng())
+    done = [act(mvp, agent, torch.randn(50, 3), args, rng(), m) for m in ("explore", "best_of_n")]
+    one_update(mvp, agent, make_batch(), args, rng())
     assert len(selections) == 3
     for (_, obs, candidates), (actions, scores) in selections:
         assert candidates.abs().max() == 1 and len(candidates) == 8
@@ -390,10 +396,10 @@ def test_candidates_are_clipped_before_ranking(monkeypatch):
 def test_exploration_noise_has_a_constant_std():
     """noise_scale N(0, I) on each candidate in explore and in updates, none in evaluations."""
     agent, args = make_agent(act_dim=1, noise_scale=0.05, num_candidates=1)
-    agent.policy = agent.target_policy = OneStep(torch.zeros_like, script=mvp)
+    agent.policy = agent.acting_policy = OneStep(torch.zeros_like, script=mvp)
     obs = torch.zeros(20_000, 3)
     noisy, quiet, one = (
-        mvp.act(agent, obs, args, rng(), mode) for mode in ("explore", "best_of_n", "one_step")
+        act(mvp, agent, obs, args, rng(), mode) for mode in ("explore", "best_of_n", "one_step")
     )
     assert quiet.abs().max() < 1e-6 and one.abs().max() < 1e-6
     assert noisy.std().item() == pytest.approx(0.05, rel=0.03)  # 0.5 % is one std
@@ -404,21 +410,21 @@ def test_an_update_explores_as_acting_does(monkeypatch):
     """The same std reaches propose from both."""
     agent, args = make_agent(noise_scale=0.3)
     calls = spy(monkeypatch, mvp, "propose")
-    mvp.update(agent, make_batch(), args, rng())
+    one_update(mvp, agent, make_batch(), args, rng())
     for mode in "explore", "best_of_n":
-        mvp.act(agent, torch.zeros(1, 3), args, rng(), mode)
+        act(mvp, agent, torch.zeros(1, 3), args, rng(), mode)
     assert [call[0][2] for call in calls] == [0.3, 0.3, 0]
     assert all(call[0][0] is agent.policy for call in calls)
 
 
 @pytest.mark.parametrize("steps", [1, 5])
 def test_acting_costs_t_evaluations_and_one_ranking(steps):
-    """By the online critic and the policy itself, without gradients; no slow copy is asked."""
+    """By the online critic and the policy itself, without gradients; no target is asked."""
     agent, args = make_agent(flow_steps=steps)
     counts = {name: [] for name in ("policy", "critic", "target_critic")}
     for name, calls in counts.items():
         getattr(agent, name).register_forward_hook(lambda *_, calls=calls: calls.append(1))
-    actions = mvp.act(agent, torch.randn(100, 3), args, rng(), "best_of_n")
+    actions = act(mvp, agent, torch.randn(100, 3), args, rng(), "best_of_n")
     assert [len(calls) for calls in counts.values()] == [steps, 1, 0]
     assert actions.shape == (100, 2) and not actions.requires_grad
 
@@ -428,11 +434,11 @@ def test_one_step_is_one_evaluation_between_noise_and_action():
     agent, args = make_agent(flow_steps=20, prior_std=0.7)
     policy, obs, inputs, others = agent.policy, torch.randn(500, 3), [], []
     with torch.no_grad():
-        policy.net[-1].weight *= 5  # many actions beyond the box
+        policy.net.rest[-1].weight *= 5  # many actions beyond the box
     policy.register_forward_pre_hook(lambda _, call: inputs.append(call))
     for module in agent.critic, agent.target_critic:
         module.register_forward_hook(lambda *_: others.append(1))
-    actions = mvp.act(agent, obs, args, rng(), "one_step")
+    actions = act(mvp, agent, obs, args, rng(), "one_step")
     assert len(inputs) == 1 and others == []
     seen_obs, z, t, r = inputs[0]
     assert seen_obs.equal(obs) and z.equal(0.7 * torch.randn((500, 2), generator=rng()))
@@ -446,10 +452,10 @@ def test_one_step_is_one_evaluation_between_noise_and_action():
 
 @pytest.mark.parametrize("mode", ["explore", "best_of_n", "one_step"])
 def test_what_acts_can_be_exchanged(mode):
-    """act asks target_policy, in whose place --evaluate puts the policy folded for one step."""
+    """What acts is acting_policy, whatever learns."""
     agent, args = make_agent(num_candidates=1, flow_steps=1)
-    agent.target_policy = OneStep(lambda z: torch.full_like(z, 0.25), 2, script=mvp)
-    actions = mvp.act(agent, torch.randn(50, 3), args, rng(), mode)
+    agent.acting_policy = OneStep(lambda z: torch.full_like(z, 0.25), 2, script=mvp)
+    actions = act(mvp, agent, torch.randn(50, 3), args, rng(), mode)
     torch.testing.assert_close(actions, torch.full((50, 2), 0.25))
 
 
@@ -462,7 +468,7 @@ def numpy_q(critic, obs, actions):
 
 
 def test_critic_loss_against_numpy():
-    """Sum over the twins of the mean squared error to one target, from the slow twins' mean."""
+    """Sum over the twins of the mean squared error to one target, from the target twins' mean."""
     agent, args = make_agent(gamma=0.9, reward_scale=0.7)
     randomise(agent.critic, 1)
     randomise(agent.target_critic, 2)
@@ -518,9 +524,9 @@ def test_policy_trains_at_the_next_state_with_the_td_action(monkeypatch):
     """best_of_n, the default: one generation at s' serves both losses; noise is N(0, I)."""
     agent, args = make_agent(prior_std=0.3)
     critic_calls = spy(monkeypatch, mvp, "critic_loss")
-    generations, caught = spy(monkeypatch, mvp, "generate"), caught_losses(agent)
+    generations, caught = spy(monkeypatch, mvp, "generate"), caught_losses(monkeypatch)
     batch = make_batch(n=6_400)
-    mvp.update(agent, batch, args, rng())
+    one_update(mvp, agent, batch, args, rng())
     ((obs, actions, noise, *times),) = caught
     assert len(generations) == 1 and generations[0][0][0] is agent.policy
     assert generations[0][0][1].equal(batch["next_obs"])
@@ -538,8 +544,8 @@ def test_replay_imitates_what_was_done(monkeypatch):
     critic_calls, selections = (
         spy(monkeypatch, mvp, name) for name in ("critic_loss", "select_action")
     )
-    caught, batch = caught_losses(agent), make_batch()
-    mvp.update(agent, batch, args, rng())
+    caught, batch = caught_losses(monkeypatch), make_batch()
+    one_update(mvp, agent, batch, args, rng())
     ((obs, actions, *_),) = caught
     assert obs.equal(batch["obs"]) and actions.equal(batch["actions"])
     assert critic_calls[0][0][3].equal(selections[0][1][0])
@@ -551,16 +557,16 @@ def test_replay_imitates_what_was_done(monkeypatch):
 def test_updates_are_adam_on_both_losses(ivc_coef, monkeypatch):
     """Every update is one Adam step of each network on this update's gradient alone.
 
-    The policy's is that of meanflow + ivc_coef constraint; the critics' target has the slow critics
+    The policy's is that of meanflow + ivc_coef constraint; the critics' y has the target critics
     and the policy's candidates from before the update.
     """
     agent, args = make_agent(ivc_coef=ivc_coef, critic_lr=1e-3, policy_lr=2e-3, reward_scale=0.5)
     policy, critic = copy.deepcopy(agent.policy), copy.deepcopy(agent.critic)
     adams = torch.optim.Adam(policy.parameters(), 2e-3), torch.optim.Adam(critic.parameters(), 1e-3)
-    calls, caught = spy(monkeypatch, mvp, "critic_loss"), caught_losses(agent)
+    calls, caught = spy(monkeypatch, mvp, "critic_loss"), caught_losses(monkeypatch)
     for update in range(5):
         batch, slow = make_batch(update), copy.deepcopy(agent.target_critic)
-        metrics = mvp.update(agent, batch, args, rng(update))
+        metrics = one_update(mvp, agent, batch, args, rng(update))
         meanflow, constraint = mvp.policy_loss(policy, *caught[-1])
         with torch.no_grad():
             next_q = slow(batch["next_obs"], calls[-1][0][3]).mean(0)
@@ -588,7 +594,7 @@ def test_losses_reach_their_own_networks_alone():
         agent, args = make_agent()
         agent.optimizers[still].param_groups[0]["lr"] = 0.0
         before = {name: values(getattr(agent, name)) for name in (still, moves)}
-        mvp.update(agent, make_batch(), args, rng())
+        one_update(mvp, agent, make_batch(), args, rng())
         assert all(equal(before[still], values(getattr(agent, still))))
         assert not any(equal(before[moves], values(getattr(agent, moves))))
     assert all(p.grad is None for p in agent.target_critic.parameters())
@@ -604,31 +610,31 @@ def test_the_policys_step_leaves_no_gradient_in_the_critics(monkeypatch):
         step()
 
     monkeypatch.setattr(agent.optimizers["critic"], "step", stepping)
-    mvp.update(agent, make_batch(), args, rng())
+    one_update(mvp, agent, make_batch(), args, rng())
     assert all(equal(before, [p.grad for p in agent.critic.parameters()]))
 
 
 @pytest.mark.parametrize("tau", [0.005, 0.3])
-def test_slow_critics_move_by_tau(tau):
-    """slow <- (1 - tau) slow + tau fast with the fast weights after their step; no slow policy."""
+def test_target_critics_move_by_tau(tau):
+    """slow <- (1 - tau) slow + tau fast with the fast weights after their step; no EMA of the policy."""
     agent, args = make_agent(tau=tau)
     for update in range(3):
         old = values(agent.target_critic)
-        mvp.update(agent, make_batch(update), args, rng(update))
+        one_update(mvp, agent, make_batch(update), args, rng(update))
         fast, slow = values(agent.critic), values(agent.target_critic)
         for b, f, s in zip(old, fast, slow, strict=True):
             assert not s.equal(b)
             torch.testing.assert_close(s, (1 - tau) * b + tau * f, rtol=1e-5, atol=1e-7)
-    # else the graph of all updates so far hangs on the slow copies, and memory grows
+    # else the graph of all updates so far hangs on the target critics, and memory grows
     assert not any(p.requires_grad for p in agent.target_critic.parameters())
-    assert agent.target_policy is agent.policy
+    assert agent.acting_policy is agent.policy
 
 
 def test_metrics(monkeypatch):
     """Detached scalars; how much the best of N gains on the mean, how wide the candidates are."""
     agent, args = make_agent()
     selections = spy(monkeypatch, mvp, "select_action")
-    metrics = mvp.update(agent, make_batch(), args, rng())
+    metrics = one_update(mvp, agent, make_batch(), args, rng())
     assert all(x.shape == () and x.isfinite() and not x.requires_grad for x in metrics.values())
     (_, _, candidates), (_, scores) = selections[0]
     candidates, scores = candidates.double().numpy(), scores.double().numpy()
@@ -646,7 +652,7 @@ def test_bfloat16_generates_but_does_not_rank(monkeypatch):
     for precision in "float32", "bfloat16":
         agent, args = make_agent(precision=precision)
         critic = copy.deepcopy(agent.critic)
-        mvp.update(agent, make_batch(), args, rng())
+        one_update(mvp, agent, make_batch(), args, rng())
         (_, obs, candidates), (actions, scores) = selections[-1]
         with torch.no_grad():
             assert scores.equal(critic(obs, candidates).mean(0))

@@ -13,10 +13,12 @@ from conftest import (
     COMPILER,
     ROOT,
     SMALL,
+    act,
     count,
     equal,
     load,
     numpy_mlp,
+    one_update,
     randomise,
     rng,
     spy,
@@ -43,7 +45,9 @@ def made_up_dataset(obs_dim, act_dim, n=200, seed=0):
     ends[last[last < n]] = ends[-1] = 1
     terminations = ends * (np.cumsum(ends) % 2)
     shapes = (n, obs_dim), (n, act_dim), (n,), (n, obs_dim)
-    return [*[draw.uniform(-1, 1, shape) for shape in shapes], terminations, ends]
+    names = "obs", "actions", "rewards", "next_obs"
+    data = {name: draw.uniform(-1, 1, shape) for name, shape in zip(names, shapes, strict=True)}
+    return data | {"terminations": terminations, "ends": ends}
 
 
 @pytest.fixture
@@ -88,11 +92,12 @@ def test_chunks_against_a_list(capacity, h):
     buffer = script.ReplayBuffer(args, 2, 1, CPU)
     columns = made_up_dataset(2, 1, 200)
     number = np.arange(200)
-    columns[0][:, 0], columns[3][:, 0] = number, number + 0.5  # recognise a transition
-    columns[4][::17] = 1  # a demonstration goes on after success
-    buffer.add(*[column[:60] for column in columns])
+    columns["obs"][:, 0] = number  # recognise a transition
+    columns["next_obs"][:, 0] = number + 0.5
+    columns["terminations"][::17] = 1  # a demonstration goes on after success
+    buffer.add(**{name: column[:60] for name, column in columns.items()})
     for i in range(60, 200):
-        buffer.add(*[column[i : i + 1] for column in columns])
+        buffer.add(**{name: column[i : i + 1] for name, column in columns.items()})
     stored = number[-min(capacity, 200) :]
     batch = buffer.sample(20_000, rng())
     first = batch["obs"][:, 0].int().numpy()
@@ -100,7 +105,8 @@ def test_chunks_against_a_list(capacity, h):
     possible = (number >= stored[0]) & (number <= stored[-1] - h + 1)
     assert ((starts > 0) == possible).all()  # every chunk within the ring, and no other
     assert np.abs(starts[possible] / (20_000 / possible.sum()) - 1).max() < 0.6
-    _, actions, rewards, next_obs, terminations, ends = columns
+    names = "actions", "rewards", "next_obs", "terminations", "ends"
+    actions, rewards, next_obs, terminations, ends = (columns[name] for name in names)
     for row in np.unique(first, return_index=True)[1]:
         i, alive, total, terminated, valid = first[row], True, 0.0, False, []
         for k in range(h):
@@ -176,8 +182,8 @@ def test_policy_loss_weighs_every_entry_of_a_chunk():
 def test_mask_of_a_chunk_reaches_every_action_dimension(monkeypatch):
     """valid (B, h) counts steps, w (B, h * act_dim) entries of the chunk: a1 a1 a2 a2 a3 a3."""
     agent, args = make_agent(imitation_target="replay")
-    batch, calls = make_chunks(args), spy(monkeypatch, agent, "policy_loss")
-    script.update(agent, batch, args, rng())
+    batch, calls = make_chunks(args), spy(monkeypatch, script, "policy_loss")
+    one_update(script, agent, batch, args, rng())
     (_, obs, actions, w, *_), _ = calls[0]
     assert torch.equal(w, batch["valid"][:, [0, 0, 1, 1, 2, 2]])
     assert torch.equal(obs, batch["obs"]) and torch.equal(actions, batch["actions"])
@@ -185,11 +191,11 @@ def test_mask_of_a_chunk_reaches_every_action_dimension(monkeypatch):
 
 def test_imitating_the_td_chunk(monkeypatch):
     agent, args = make_agent(imitation_target="best_of_n")
-    batch, calls = make_chunks(args), spy(monkeypatch, agent, "policy_loss")
+    batch, calls = make_chunks(args), spy(monkeypatch, script, "policy_loss")
     chosen = []
     critic_loss = script.critic_loss
     monkeypatch.setattr(script, "critic_loss", lambda *a: chosen.append(a[3]) or critic_loss(*a))
-    script.update(agent, batch, args, rng())
+    one_update(script, agent, batch, args, rng())
     (_, obs, actions, w, *_), _ = calls[0]
     assert torch.equal(obs, batch["next_obs"]) and torch.equal(actions, chosen[0])
     assert torch.equal(w, torch.ones(32, 6))
@@ -207,7 +213,7 @@ def test_a_chunk_of_one_is_mvp_online(target):
         for seed in range(3):
             batch = make_batch(seed)
             batch |= {"valid": torch.ones(32, 1)} if module is script else {}
-            module.update(agent, batch, args, generator)
+            one_update(module, agent, batch, args, generator)
         agents.append(agent)
     assert all(equal(values(agents[0]), values(agents[1])))
 
@@ -218,12 +224,14 @@ def test_compiled_updates_equal_plain_ones():
     torch._dynamo.reset()
     results = []
     for fast in False, True:
-        agent, args = make_agent(num_candidates=1250)  # 40,000 rows: more than one block
+        agent, args = make_agent(num_candidates=50)
+        improve = script.update
         if fast:
-            script.accelerate(agent, args, CPU)
+            _, improve = script.accelerate(agent, script.act_explore, improve, args)
         generator = rng(7)
         for seed in range(10):
-            metrics = script.update(agent, make_chunks(args, seed=seed), args, generator)
+            batch = make_chunks(args, seed=seed)
+            metrics = one_update(script, agent, batch, args, generator, improve)
         results.append((agent.state_dict(), metrics))
     (plain, plain_metrics), (compiled, metrics) = results
     torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
@@ -267,13 +275,13 @@ gym.register("Counting-v0", Counting, disable_env_checker=True)
 
 def test_chunks_are_executed_open_loop(run, monkeypatch):
     """Seven steps with h = 3 are planned at steps 0, 3 and 6; an episode's end drops the rest."""
-    plans, act = [], script.act
+    plans, explore = [], script.act_explore
 
     def remembered(agent, obs, *rest):
-        plans.append((obs[0].item(), act(agent, obs, *rest)))
+        plans.append((obs[0].item(), explore(agent, obs, *rest)))
         return plans[-1][1]
 
-    monkeypatch.setattr(script, "act", remembered)
+    monkeypatch.setattr(script, "act_explore", remembered)
     COUNTED.clear()
     saved = load(run("Counting-v0", total_timesteps=60))
     expected = []
@@ -316,27 +324,30 @@ def test_the_dataset_is_learnt_from_first(run):
     torch.manual_seed(1)
     start = script.Agent(1, 1, script.Args(**SETTINGS), CPU).state_dict()
     assert all(not torch.equal(start[key], saved["agent"][key]) for key in start)
-    obs = made_up_dataset(1, 1)[0]
+    obs = made_up_dataset(1, 1)["obs"]
     assert np.allclose(saved["buffer"]["obs"][:200], obs) and saved["position"] == 201
     table = rows(run_dir, "evaluations")  # at the end of each phase, whatever --eval-every is
     assert [row[0] for row in table[1:]] == ["150", "150", "151", "151"]
 
 
-def test_evaluation_is_open_loop_and_counts_successes(monkeypatch, tmp_path):
+def test_evaluation_is_open_loop_and_counts_successes():
     _, args = make_agent(chunk_size=3)
-    agent = script.Agent(1, 2, args, CPU)
-    envs, plans = script.make_envs("Counting-v0", 2), spy(monkeypatch, script, "act")
+    agent, envs = script.Agent(1, 2, args, CPU), script.make_envs("Counting-v0", 2)
     for mode, cost in ("one_step", (1, 1)), ("best_of_n", (1, 4)):
-        plans.clear()
+        plans = []
+
+        def remembered(agent, obs, *rest, mode=mode, plans=plans):
+            plans.append((obs[:, 0].tolist(), script.MODES[mode](agent, obs, *rest)))
+            return plans[-1][1]
+
         COUNTED.clear()
-        result = script.evaluate(agent, envs, args, mode, tmp_path)
-        assert [inputs[1][:, 0].tolist() for inputs, _ in plans] == [[0, 0], [3, 3], [6, 6]]
+        returns, successes = script.evaluate(remembered, agent, envs, args)
+        assert [obs for obs, _ in plans] == [[0, 0], [3, 3], [6, 6]]
         chunks = [chunk.reshape(2, 3, 2).swapaxes(0, 1).reshape(6, 2) for _, chunk in plans]
         planned = [tuple(pair) for pair in torch.cat(chunks).tolist()]  # env by env, step by step
         assert [pair for _, pair in COUNTED] == planned[:14]
-        assert result["returns"] == "28.0000 28.0000"
-        assert (result["nfe"], result["num_candidates"]) == cost
-        assert result["success_rate"] == float(mode == "one_step")
+        assert returns.tolist() == [28, 28] and script.cost_of(mode, args) == cost
+        assert successes.tolist() == [mode == "one_step"] * 2
         envs.reset()  # odd episodes succeed, the next evaluation has even ones
 
 
@@ -376,7 +387,8 @@ def test_learns_which_half_of_the_data_succeeds(tmp_path, monkeypatch):
     actions = side[:, None] + 0.02 * draw.standard_normal((1200, 1))
     end = np.arange(1200) % 3 == 2
     obs = np.zeros((1200, 1))
-    data = [obs, actions, end * (side > 0), obs, end, end]
+    data = {"obs": obs, "actions": actions, "rewards": end * (side > 0)}
+    data |= {"next_obs": obs, "terminations": end, "ends": end}
     settings = {"offline_steps": 1500, "total_timesteps": 1, "learning_starts": 1, "utd": 1.0}
     settings |= {"hidden_dim": 64, "num_candidates": 16, "batch_size": 128, "policy_lr": 1e-3}
     settings |= {"critic_lr": 1e-3, "gamma": 1.0, "prior_std": 1.0}
@@ -388,7 +400,7 @@ def test_learns_which_half_of_the_data_succeeds(tmp_path, monkeypatch):
     agent.load_state_dict(load(run_dir)["agent"])
     start, generator = torch.zeros(400, 1), rng()
     one, best = (
-        script.act(agent, start, args, generator, mode).mean(1)
+        act(script, agent, start, args, generator, mode).mean(1)
         for mode in ("one_step", "best_of_n")
     )
     assert 0.3 < (one > 0).float().mean() < 0.7 and (best > 0).float().mean() > 0.97
@@ -468,9 +480,9 @@ def test_the_same_seed_makes_the_same_dataset(datasets, tmp_path, name):
 
 def test_maze_transitions_are_the_simulators(datasets):
     """From each observation the dataset's action leads to the dataset's next observation."""
-    (obs, actions, rewards, next_obs, terminations, ends), _ = load_for(
-        datasets, "pointmaze-medium"
-    )
+    data, _ = load_for(datasets, "pointmaze-medium")
+    names = "obs", "actions", "rewards", "next_obs", "terminations", "ends"
+    obs, actions, rewards, next_obs, terminations, ends = (data[name] for name in names)
     env = gym.make("ogbench:pointmaze-medium-singletask-task2-v0")
     env.reset(seed=0)
     for i in [*range(0, 1500, 97), 499]:
@@ -487,7 +499,9 @@ def test_cube_rewards_are_distances_to_the_task(datasets):
     The demonstration goes on after it, so chunks that contain it are whole and the critics learn
     from them, as Q-chunking's do.
     """
-    (_, actions, rewards, _, terminations, ends), file = load_for(datasets, "cube-single")
+    data, file = load_for(datasets, "cube-single")
+    names = "actions", "rewards", "terminations", "ends"
+    actions, rewards, terminations, ends = (data[name] for name in names)
     env = gym.make("ogbench:cube-single-singletask-task2-v0")
     env.reset(seed=0)
     (target,) = env.unwrapped._data.mocap_pos

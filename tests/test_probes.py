@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import MIRROR, MODES_OF, fpmd_only, known, load
+from conftest import MIRROR, fpmd_only, known, load
 
 LEARN = {
     "total_timesteps": 2200,
@@ -49,7 +49,7 @@ def q_values(agent, obs):
 def deployed_actions(script, agent, obs):
     rng = torch.Generator().manual_seed(0)
     obs = torch.full((256, 1), float(obs))
-    return script.act(agent, obs, script.Args(), rng, MODES_OF[script.__name__][0])
+    return script.MODES[script.DEPLOYED](agent, obs, script.Args(), rng)
 
 
 def test_constant_reward(script, run):

@@ -6,7 +6,22 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import count, equal, fpmd_only, numpy_mlp, randomise, rng, spy, values
+from conftest import (
+    act,
+    count,
+    equal,
+    first_weight,
+    fpmd_only,
+    get_statistics,
+    layers,
+    numpy_mlp,
+    one_update,
+    randomise,
+    rng,
+    set_statistics,
+    spy,
+    values,
+)
 
 torch.set_num_threads(1)
 pytestmark = fpmd_only
@@ -51,34 +66,39 @@ def test_critic_layer_norm_stands_before_every_activation(script):
     plain, _ = make_agent(script)
     for critic in agent.critic, agent.target_critic:
         for net in critic.q1, critic.q2:
-            names = [type(module).__name__ for module in net]
-            assert names == ["Linear", "LayerNorm", "Mish"] * 3 + ["Linear"]
+            names = [type(module).__name__ for module in layers(net)]
+            assert names == ["FirstLayer", *["LayerNorm", "Mish", "Linear"] * 3]
             assert count(net) == count(plain.critic.q1) + 3 * 2 * 16
     for module in *plain.modules(), *agent.policy.modules():
         assert type(module).__name__ != "LayerNorm"
 
 
-def test_slow_copies_start_equal_and_frozen(script):
+def test_moving_averages_start_equal_and_frozen(script):
     """Targets begin as copies that no optimizer and no gradient touches; the twins differ."""
     agent, _ = make_agent(script)
-    pairs = (agent.policy, agent.target_policy), (agent.critic, agent.target_critic)
+    pairs = (agent.policy, agent.acting_policy), (agent.critic, agent.target_critic)
     for fast, slow in pairs:
         assert all(equal(values(fast), values(slow)))
         assert not any(p.requires_grad for p in slow.parameters())
         assert not {id(p) for p in fast.parameters()} & {id(p) for p in slow.parameters()}
-    assert not agent.critic.q1[0].weight.equal(agent.critic.q2[0].weight)
+    assert not first_weight(agent.critic.q1).equal(first_weight(agent.critic.q2))
 
 
 # ---------------------------------------------------------------------------- isolation
 
 
-def test_policy_gradient_is_the_policys_alone(script):
-    """It reaches every parameter of the policy and no other, and moves nothing."""
+def test_update_policy_is_the_policys_alone(script):
+    """Its gradient reaches every parameter of the policy and no other; its EMA moves as well."""
     agent, args = make_agent(script)
-    before = values(agent)
+    before = {name: values(module) for name, module in agent.named_children()}
+    alpha = agent.log_alpha.item()
     arguments = torch.randn(BATCH, OBS), torch.randn(BATCH, ACT), torch.ones(BATCH)
-    loss = script.policy_gradient(agent, *arguments, args, rng())
-    assert all(equal(before, values(agent))) and not loss.requires_grad
+    metrics = script.update_policy(agent, *arguments, args, rng())
+    assert not any(x.requires_grad for x in metrics.values()) and agent.log_alpha.item() == alpha
+    moved = {
+        name for name, old in before.items() if not all(equal(old, values(getattr(agent, name))))
+    }
+    assert moved == {"policy", "acting_policy"}
     with_gradient = {
         name.split(".")[0] for name, p in agent.named_parameters() if p.grad is not None
     }
@@ -86,11 +106,11 @@ def test_policy_gradient_is_the_policys_alone(script):
 
 
 def test_critic_step_leaves_the_policy_alone(script):
-    """Between policy updates neither the policy nor a slow copy moves, the critic always does."""
+    """Between policy updates neither policy nor moving averages move, the critic always does."""
     agent, args = make_agent(script, policy_delay=3)
     for update in range(7):
         old = {name: values(module) for name, module in agent.named_children()}
-        metrics = script.update(agent, make_batch(update), args, rng(update))
+        metrics = one_update(script, agent, make_batch(update), args, rng(update))
         same = {name: equal(old[name], values(module)) for name, module in agent.named_children()}
         assert not any(same.pop("critic"))
         for name, tensors in same.items():
@@ -103,8 +123,8 @@ def test_critic_step_leaves_the_policy_alone(script):
 def test_policy_loss_gets_constants(script, mode, monkeypatch):
     """Neither targets nor weights carry a gradient, or the policy step would train the critics."""
     agent, args = make_agent(script, weight_mode=mode)
-    calls = spy(monkeypatch, agent, "policy_loss")
-    script.update(agent, make_batch(), args, rng())
+    calls = spy(monkeypatch, script, "policy_loss")
+    one_update(script, agent, make_batch(), args, rng())
     (_, obs, actions, w, *noise_and_times), loss = calls[0]
     assert not any(x.requires_grad for x in (obs, actions, w, *noise_and_times))
     assert loss.requires_grad and len(noise_and_times) >= 2
@@ -118,10 +138,10 @@ def test_policy_trains_at_the_next_state_with_the_td_action(script, monkeypatch)
     """
     agent, args = make_agent(script)
     critic_calls = spy(monkeypatch, script, "critic_loss")
-    policy_calls = spy(monkeypatch, agent, "policy_loss")
+    policy_calls = spy(monkeypatch, script, "policy_loss")
     generations = spy(monkeypatch, script, "generate")
     batch = {key: x.repeat_interleave(200, 0) for key, x in make_batch().items()}
-    script.update(agent, batch, args, rng())
+    one_update(script, agent, batch, args, rng())
     (_, obs, actions, _, noise, *times), _ = policy_calls[0]
     assert len(generations) == 1 and generations[0][0][0] is agent.policy
     assert obs.equal(batch["next_obs"]) and actions.equal(critic_calls[0][0][3])
@@ -133,19 +153,19 @@ def test_policy_trains_at_the_next_state_with_the_td_action(script, monkeypatch)
 
 
 @pytest.mark.parametrize("tau", [0.005, 0.3])
-def test_slow_copies_move_by_tau(script, tau):
+def test_moving_averages_move_by_tau(script, tau):
     """slow <- (1 - tau) slow + tau fast with the fast weights after their step."""
     agent, args = make_agent(script, tau=tau)
-    script.update(agent, make_batch(), args, rng())  # fast and slow part
-    pairs = (agent.policy, agent.target_policy), (agent.critic, agent.target_critic)
+    one_update(script, agent, make_batch(), args, rng())  # fast and slow part
+    pairs = (agent.policy, agent.acting_policy), (agent.critic, agent.target_critic)
     old = [values(slow) for _, slow in pairs]
-    script.update(agent, make_batch(1), args, rng(1))  # moves the critic alone
-    script.update(agent, make_batch(2), args, rng(2))
+    one_update(script, agent, make_batch(1), args, rng(1))  # moves the critic alone
+    one_update(script, agent, make_batch(2), args, rng(2))
     for before, (fast, slow) in zip(old, pairs, strict=True):
         for b, f, s in zip(before, values(fast), values(slow), strict=True):
             assert not s.equal(b)
             torch.testing.assert_close(s, (1 - tau) * b + tau * f, rtol=1e-5, atol=1e-7)
-        # else the graph of all updates so far hangs on the slow copies, and memory grows
+        # else the graph of all updates so far hangs on the moving averages, and memory grows
         assert not any(p.requires_grad for p in slow.parameters())
 
 
@@ -160,7 +180,7 @@ def test_critic_steps_repeat_adam_on_one_gradient(script, critic_steps, monkeypa
     )
     for update in range(2):
         batch, target = make_batch(update), copy.deepcopy(agent.target_critic)
-        script.update(agent, batch, args, rng(update))
+        one_update(script, agent, batch, args, rng(update))
         next_actions = calls[-1][0][3]
         with torch.no_grad():
             next_q = target(batch["next_obs"], next_actions).amin(0)
@@ -179,15 +199,16 @@ def test_critic_steps_repeat_adam_on_one_gradient(script, critic_steps, monkeypa
 def test_policy_steps_are_adam_on_the_policy_loss(script, monkeypatch):
     """Every policy update is one Adam step on this update's gradient alone, to its own targets."""
     agent, args = make_agent(script)
-    manual, calls = copy.deepcopy(agent.policy), spy(monkeypatch, agent, "policy_loss")
+    manual, calls = copy.deepcopy(agent.policy), spy(monkeypatch, script, "policy_loss")
     adam, steps = (
         torch.optim.Adam(manual.parameters(), 3e-4),
-        spy(monkeypatch, script, "policy_gradient"),
+        spy(monkeypatch, script, "update_policy"),
     )
     for update in range(5):
-        script.update(agent, make_batch(update), args, rng(update))
-    for ((_, *arguments), _), ((_, *given, _, _), _) in zip(calls, steps, strict=True):
-        assert all(equal(arguments[:3], given))  # obs, actions, w
+        one_update(script, agent, make_batch(update), args, rng(update))
+    calls = list(calls)  # what follows is spied on as well
+    for ((_, *arguments), _), ((_, *given), _) in zip(calls, steps, strict=True):
+        assert all(equal(arguments[:3], given[:3]))  # obs, actions, w
         adam.zero_grad()
         script.policy_loss(manual, *arguments).backward()
         adam.step()
@@ -200,7 +221,7 @@ def test_optimizer_steps_are_counted(script):
     """Ten updates: twenty critic steps, five policy steps, none of alpha."""
     agent, args = make_agent(script)
     for update in range(10):
-        script.update(agent, make_batch(update), args, rng(update))
+        one_update(script, agent, make_batch(update), args, rng(update))
     steps = {
         name: {int(state["step"]) for state in optimizer.state.values()}
         for name, optimizer in agent.optimizers.items()
@@ -209,6 +230,11 @@ def test_optimizer_steps_are_counted(script):
 
 
 # ---------------------------------------------------------------------------- reference values
+
+
+def both_temperatures(value):
+    """For whichever mode is asked for."""
+    return {"temperature": value, "particle_temperature": value}
 
 
 def numpy_q(critic, obs, actions):
@@ -276,15 +302,15 @@ def test_td_target_is_a_constant(script):
 @pytest.mark.parametrize("mode", MODES)
 def test_update_hands_the_right_targets_to_the_policy(script, mode, monkeypatch):
     """Targets and weights of a whole update, from its candidates, worked out in numpy."""
-    agent, args = make_agent(script, weight_mode=mode, alpha_init=2.0, temperature=0.8)
-    agent.q_stats.copy_(torch.tensor([0.3, 0.6, 0.4]))
+    agent, args = make_agent(script, weight_mode=mode, alpha_init=2.0, **both_temperatures(0.8))
+    set_statistics(agent, 0.3, 0.6, 0.4)
     randomise(agent.critic, 1)
     critic, batch = copy.deepcopy(agent.critic), make_batch()
     selections, steps = (
         spy(monkeypatch, script, "select_action"),
-        spy(monkeypatch, script, "policy_gradient"),
+        spy(monkeypatch, script, "update_policy"),
     )
-    metrics = script.update(agent, batch, args, rng())
+    one_update(script, agent, batch, args, rng())
     candidates = selections[0][0][2].double().numpy()  # (N, B, act_dim)
     (_, obs, targets, w, *_), _ = steps[0]
 
@@ -298,7 +324,6 @@ def test_update_hands_the_right_targets_to_the_policy(script, mode, monkeypatch)
     np.testing.assert_allclose(w.numpy(), expected, rtol=1e-4)
     best = np.clip(candidates[scores.argmax(0), rows], -1, 1)
     clipped = np.abs(q - 0.3 / 0.6) >= 3
-    assert metrics["policy/clipped_fraction"].item() == pytest.approx(clipped.mean(), abs=1e-6)
     assert obs.equal(batch["next_obs"]) and 0 < clipped.mean() < 1
     if mode == "particles":  # drawn from the state's own candidates, not always the best
         gaps = np.abs(np.clip(candidates, -1, 1) - targets.double().numpy()).max(-1)
@@ -310,10 +335,10 @@ def test_update_hands_the_right_targets_to_the_policy(script, mode, monkeypatch)
 @pytest.mark.parametrize("mode", MODES)
 def test_effective_sample_size(script, mode, monkeypatch):
     """policy/ess is in (0, 1]: Kish's (sum w)^2 / (B sum w^2), per state for particles."""
-    agent, args = make_agent(script, weight_mode=mode, temperature=0.1)
-    steps = spy(monkeypatch, script, "policy_gradient")
+    agent, args = make_agent(script, weight_mode=mode, **both_temperatures(0.1))
+    steps = spy(monkeypatch, script, "update_policy")
     selections = spy(monkeypatch, script, "select_action")
-    ess = script.update(agent, make_batch(), args, rng())["policy/ess"].item()
+    ess = one_update(script, agent, make_batch(), args, rng())["policy/ess"].item()
     w = steps[0][0][3].double().numpy()[:, None]  # (B, 1)
     if mode == "particles":  # sigma is 1 at the start
         w = np.exp(selections[0][1][1].double().numpy() / 0.1)  # (N, B)
@@ -326,8 +351,8 @@ def test_update_explores_with_the_noise_of_acting(script, monkeypatch):
     """Candidates of an update carry noise of std alpha noise_scale, as those that act."""
     agent, args = make_agent(script, alpha_init=2.0, noise_scale=0.3)
     calls = spy(monkeypatch, script, "propose")
-    metrics = script.update(agent, make_batch(), args, rng())
-    script.act(agent, torch.zeros(1, OBS), args, rng(), "explore")
+    metrics = one_update(script, agent, make_batch(), args, rng())
+    act(script, agent, torch.zeros(1, OBS), args, rng(), "explore")
     assert [call[0][2].item() for call in calls] == pytest.approx([0.6, 0.6])
     assert metrics["policy/alpha"].item() == pytest.approx(2.0)
     spread = calls[0][1].double().numpy().std(0).mean()
@@ -337,7 +362,7 @@ def test_update_explores_with_the_noise_of_acting(script, monkeypatch):
 def test_metrics_are_detached_scalars(script):
     """What is logged keeps no graph alive."""
     agent, args = make_agent(script)
-    metrics = script.update(agent, make_batch(), args, rng())
+    metrics = one_update(script, agent, make_batch(), args, rng())
     assert {"losses/critic_loss", "losses/q_values", "policy/alpha"} <= metrics.keys()
     assert all(x.shape == () and x.isfinite() and not x.requires_grad for x in metrics.values())
 
@@ -372,8 +397,8 @@ def test_policy_learning_rate_schedule(script, policy_update, lr):
     """3e-4 until policy update 25,000, linear to 3e-5 at 75,000; Adam's first step is lr long."""
     agent, args = make_agent(script)
     agent.updates, old = args.policy_delay * int(policy_update), values(agent.policy)
-    script.update(agent, make_batch(), args, rng())
-    assert agent.optimizers["policy"].param_groups[0]["lr"] == pytest.approx(lr)
+    one_update(script, agent, make_batch(), args, rng())
+    assert agent.optimizers["policy"].param_groups[0]["lr"].item() == pytest.approx(lr)
     assert agent.optimizers["critic"].param_groups[0]["lr"] == 3e-4
     moves = [(p - q).abs().max().item() for p, q in zip(values(agent.policy), old, strict=True)]
     assert max(moves) == pytest.approx(lr, rel=0.01)
@@ -388,35 +413,55 @@ def test_running_statistics(script, rate, monkeypatch):
     agent, args = make_agent(script, q_stats_rate=rate)
     selections, old = spy(monkeypatch, script, "select_action"), np.array([0.0, 1.0, 1.0])
     for update in range(3):
-        script.update(agent, make_batch(update), args, rng(update))
+        one_update(script, agent, make_batch(update), args, rng(update))
         scores = selections[-1][1][1].double().numpy()  # (N, B)
         q = scores.max(0)
         old = (1 - rate) * old + rate * np.array([q.mean(), q.std(), scores.std(0).mean()])
-        np.testing.assert_allclose(agent.q_stats.numpy(), old, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(get_statistics(agent).numpy(), old, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["temperature", "clip_alpha"])
 def test_weights_use_the_statistics_from_before(script, mode, monkeypatch):
     """Weights see the past only; at rate 1 the statistics from after are quite different."""
     agent, args = make_agent(script, weight_mode=mode, q_stats_rate=1.0)
-    before = torch.tensor([0.5, 2.0, 3.0])
-    agent.q_stats.copy_(before)
-    calls = spy(monkeypatch, script, "importance_weights")
-    script.update(agent, make_batch(), args, rng())
-    stats = calls[0][0][1]
-    assert stats.equal(before) and not agent.q_stats.isclose(before).any()
+    set_statistics(agent, 0.5, 2.0, 3.0)
+    before, seen, targets = get_statistics(agent), [], script.mirror_descent_targets
+
+    def looking(agent, *rest):
+        seen.append(get_statistics(agent))
+        return targets(agent, *rest)
+
+    monkeypatch.setattr(script, "mirror_descent_targets", looking)
+    steps, selections = (
+        spy(monkeypatch, script, name) for name in ("update_policy", "select_action")
+    )
+    one_update(script, agent, make_batch(), args, rng())
+    assert len(seen) == 1 and seen[0].equal(before)
+    after = get_statistics(agent)
+    assert not after.isclose(before).any()
+    q = selections[0][1][1].amax(0)
+    expected, later = (  # with the statistics from before, and with those from after
+        (q / (3 * std)).softmax(0) * BATCH
+        if mode == "temperature"
+        else ((q - mean / std).clamp(-3, 3) / 5).exp()
+        for mean, std, _ in (before, after)
+    )
+    torch.testing.assert_close(steps[0][0][3], expected)
+    assert (later / expected - 1).abs().max() > 0.02
 
 
 def test_particles_use_the_statistics_from_before(script, monkeypatch):
     """The same of sigma_s, seen in the effective sample size of softmax(Q / (sigma_s lambda))."""
-    agent, args = make_agent(script, weight_mode="particles", q_stats_rate=1.0, temperature=0.05)
-    agent.q_stats.copy_(torch.tensor([0.5, 2.0, 3.0]))
+    agent, args = make_agent(
+        script, weight_mode="particles", q_stats_rate=1.0, particle_temperature=0.05
+    )
+    set_statistics(agent, 0.5, 2.0, 3.0)
     selections = spy(monkeypatch, script, "select_action")
-    ess = script.update(agent, make_batch(), args, rng())["policy/ess"].item()
+    ess = one_update(script, agent, make_batch(), args, rng())["policy/ess"].item()
     scores = selections[0][1][1].double().numpy()  # (N, B)
     before, after = (
         (p.sum(0) ** 2 / (len(p) * (p**2).sum(0))).mean()
-        for p in (np.exp(scores / (sigma * 0.05)) for sigma in (3.0, agent.q_stats[2].item()))
+        for p in (np.exp(scores / (sigma * 0.05)) for sigma in (3.0, agent.q_std_within.item()))
     )
     assert ess == pytest.approx(before, rel=1e-4) and abs(after - before) > 0.1
 
@@ -426,13 +471,14 @@ def test_constant_q_stays_finite(script, mode):
     """A critic that says the same everywhere gives sigma = 0, and no NaN for it."""
     agent, args = make_agent(script, weight_mode=mode, q_stats_rate=1.0)
     with torch.no_grad():
-        agent.critic.q1[-1].weight.zero_()
-        agent.critic.q2[-1].weight.zero_()
+        agent.critic.q1.rest[-1].weight.zero_()
+        agent.critic.q2.rest[-1].weight.zero_()
     agent.optimizers["critic"].param_groups[0]["lr"] = 0.0
     for update in range(3):
-        metrics = script.update(agent, make_batch(update), args, rng(update))
+        metrics = one_update(script, agent, make_batch(update), args, rng(update))
     assert all(x.isfinite() for x in metrics.values())
-    assert agent.q_stats.isfinite().all() and (agent.q_stats[1:] > 0).all()
+    statistics = get_statistics(agent)
+    assert statistics.isfinite().all() and (statistics[1:] > 0).all()
     assert all(p.isfinite().all() for p in agent.policy.parameters())
 
 
@@ -445,7 +491,7 @@ def test_bfloat16_generates_but_does_not_rank(script, monkeypatch):
     for precision in "float32", "bfloat16":
         agent, args = make_agent(script, precision=precision, flow_steps=20)
         critic = copy.deepcopy(agent.critic)
-        metrics = script.update(agent, make_batch(), args, rng())
+        metrics = one_update(script, agent, make_batch(), args, rng())
         assert all(x.isfinite() for x in metrics.values())
         (_, obs, candidates), (actions, scores) = selections[-1]
         with torch.no_grad():

@@ -1,0 +1,155 @@
+"""Copy the blocks that scripts share from one script into the others.
+
+    python tests/sync_shared.py fpmd_online.py                  # into all that share its blocks
+    python tests/sync_shared.py fpmd_online.py mvp_online.py    # into this one
+
+A block is a function, a class or a constant at the top level of a script. Every script stays a
+source that can be read and edited; test_text.py checks that shared blocks are the same text.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MVP = ["mvp_online", "mvp_offline_to_online"]
+FPMD = ["fpmd_online", "fpmd_meanflow_online"]
+MIRROR = [*FPMD, "dpmd_online"]
+EVERY = [*MIRROR, *MVP, "sac_online"]
+
+# who shares what; of the constants that differ (MODES, MAY_BE_ZERO, ...) only the use is shared
+SHARED = [
+    # training
+    (EVERY, ["ReplayBuffer", "evaluate", "updates_due", "train"]),
+    # plumbing
+    (EVERY, ["fail", "SeededEpisodes", "make_env", "make_envs", "write_video"]),
+    (EVERY, ["describe_machine", "make_run_dir", "write_json", "cut_csv", "Run", "load"]),
+    (EVERY, ["MAY_CHANGE", "flag", "check_args", "refuse_changes", "choose_device"]),
+    (EVERY, ["parse_args", "StopSignal"]),
+    # speed, and what holds it together
+    (EVERY, ["Captured", "accelerate", "replay", "main"]),
+    ([*MIRROR, "sac_online"], ["FastMish"]),
+    # method
+    (EVERY, ["FirstLayer", "move_towards"]),
+    ([*MIRROR, "sac_online"], ["linear"]),
+    (MIRROR, ["TIME_DIM", "time_embedding", "MLP", "QNetwork", "TwinCritic", "take"]),
+    (MIRROR, ["select_action", "critic_loss", "mirror_descent_targets", "update_critic"]),
+    (MIRROR, ["update_q_statistics", "policy_lr", "prepare_update", "update_alpha"]),
+    (MIRROR, ["follow_steps", "act_explore", "update"]),
+    (FPMD, ["propose", "act_one_step", "act_best_of_n", "particle_probabilities"]),
+    (FPMD, ["MODES", "DEPLOYED", "cost_of", "RISING"]),
+    (MVP, ["linear", "MLP", "MeanVelocityField", "QNetwork", "TwinCritic", "take"]),
+    (MVP, ["generate", "propose", "select_action", "act_one_step", "act_best_of_n"]),
+    (MVP, ["act_explore", "MODES", "DEPLOYED", "cost_of", "OneStepPolicy"]),
+    (MVP, ["prepare_update", "follow_steps", "update_critic"]),
+]
+
+# blocks that a script legitimately lacks or has otherwise, and why
+CHUNKS = "actions come in chunks"
+TWO_PHASES = "a dataset is learnt from first"
+GELU = "its activation is GELU, which needs no faster formula"
+EXCEPTIONS = {
+    ("mvp_offline_to_online", "ReplayBuffer"): CHUNKS,
+    ("mvp_offline_to_online", "evaluate"): CHUNKS,
+    ("mvp_offline_to_online", "SeededEpisodes"): "OGBench draws from numpy's global generator",
+    ("mvp_offline_to_online", "updates_due"): TWO_PHASES,
+    ("mvp_offline_to_online", "train"): TWO_PHASES,
+    ("mvp_offline_to_online", "Run"): TWO_PHASES,
+    ("mvp_offline_to_online", "check_args"): TWO_PHASES,
+    ("mvp_offline_to_online", "replay"): CHUNKS,
+    ("mvp_offline_to_online", "main"): TWO_PHASES,
+    ("mvp_offline_to_online", "accelerate"): GELU,
+    ("mvp_online", "accelerate"): GELU,
+    ("dpmd_online", "mirror_descent_targets"): "it has no particles",
+    ("dpmd_online", "update_q_statistics"): "it has no particles",
+    ("dpmd_online", "update"): "it has no particles and no bfloat16",
+}
+
+
+def scripts() -> dict[str, Path]:
+    """Every script by its name."""
+    paths = [*ROOT.glob("*_online.py"), *ROOT.glob("baselines/*_online.py")]
+    return {path.stem: path for path in sorted(paths)}
+
+
+def ranges(source: str) -> dict[str, list[tuple[int, int]]]:
+    """First and last line of each block, counted from one; a constant may have several statements.
+
+    A constant's statements are NAME = ... and NAME |= ..., comments behind them included.
+    """
+    found = {}
+    for node in ast.parse(source).body:
+        start = node.lineno
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            name = node.name
+            start = min([start, *(decorator.lineno for decorator in node.decorator_list)])
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+        elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+        else:
+            continue
+        found.setdefault(name, []).append((start, node.end_lineno))
+    return found
+
+
+def blocks(source: str) -> dict[str, str]:
+    """The text of each block, in whole lines."""
+    lines = source.splitlines(keepends=True)
+    return {
+        name: "".join("".join(lines[first - 1 : last]) for first, last in parts)
+        for name, parts in ranges(source).items()
+    }
+
+
+def sharing() -> dict[str, list[list[str]]]:
+    """Each shared block with the groups of scripts in which it is the same text."""
+    found = {}
+    for group, names in SHARED:
+        for name in names:
+            found.setdefault(name, []).append([s for s in group if (s, name) not in EXCEPTIONS])
+    return found
+
+
+def replace_blocks(source: str, new: dict[str, str]) -> str:
+    """The source with these blocks' texts in place of its own, and nothing else changed."""
+    lines = source.splitlines(keepends=True)
+    for name, parts in ranges(source).items():
+        if name in new:
+            for first, last in parts:
+                lines[first - 1 : last] = [""] * (last - first + 1)
+            lines[parts[0][0] - 1] = new[name]
+    return "".join(lines)
+
+
+def sync(source: Path, targets: list[Path]) -> list[str]:
+    """Copy what source shares with each target; says what was changed or is missing."""
+    ours, said = blocks(source.read_text()), []
+    for target in targets:
+        text = target.read_text()
+        theirs, new = blocks(text), {}
+        for name, groups in sharing().items():
+            together = any({source.stem, target.stem} <= set(group) for group in groups)
+            if not together or name not in ours or ours[name] == theirs.get(name):
+                continue
+            if name in theirs:
+                new[name] = ours[name]
+                said.append(f"{target.name}: {name} copied from {source.name}")
+            else:
+                said.append(f"{target.name}: {name} is missing; paste it where it belongs")
+        if new:
+            target.write_text(replace_blocks(text, new))
+    return said
+
+
+def main(argv: list[str]) -> None:
+    if not argv:
+        raise SystemExit(__doc__)
+    source, *targets = map(Path, argv)
+    targets = targets or [path for name, path in scripts().items() if name != source.stem]
+    for line in sync(source, targets) or ["nothing to change"]:
+        print(line)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
