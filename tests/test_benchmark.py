@@ -55,7 +55,7 @@ def test_a_small_measurement(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "over the floor" in tables_speed.speed(output)
-    assert "all candidates in one piece" in tables_speed.speed_of_variants(output)
+    assert "first layer on concatenated inputs" in tables_speed.speed_of_variants(output)
     with output.open(newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)

@@ -404,7 +404,7 @@ def test_policies_that_are_not_there_are_left_out_with_a_line(monkeypatch, capsy
 
 
 def test_what_is_timed_is_the_deployed_action():
-    """One step: the script's act on the folded policy; T steps: generate from the same noise."""
+    """One step: OneStepPolicy, which is act_one_step; T steps: generate from the same noise."""
     import torch
 
     device = torch.device("cpu")
@@ -416,7 +416,7 @@ def test_what_is_timed_is_the_deployed_action():
         torch.manual_seed(0)
         agent = module.Agent(27, 8, args, device)
         obs = torch.randn((2, 27), generator=rng)
-        expected = module.act(agent, obs, args, rng, "one_step")
+        expected = module.act_one_step(agent, obs, args, rng)
         torch.testing.assert_close(once, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="takes 1 steps"):
         latency.action(latency.load_script("mvp_online"), "one_step", 20, 1, "eager", device)

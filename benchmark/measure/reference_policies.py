@@ -14,7 +14,6 @@ import sys
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -36,24 +35,28 @@ ENV_IDS = [
 ]
 
 
-def act(agent, obs: Tensor, args: fpmd.Args, rng: torch.Generator, mode: str) -> Tensor:
-    """Stands in for the script's act: actions (B, act_dim) of the policy called mode."""
-    shape = len(obs), agent.act_dim
-    return 2 * torch.rand(shape, generator=rng) - 1 if mode == "random" else torch.zeros(shape)
+def act_randomly(agent, obs: Tensor, _args: fpmd.Args, rng: torch.Generator) -> Tensor:
+    """Uniform actions (B, act_dim), as a script draws them before it learns."""
+    return 2 * torch.rand((len(obs), agent.act_dim), generator=rng) - 1
+
+
+def act_zero(agent, obs: Tensor, _args: fpmd.Args, _rng: torch.Generator) -> Tensor:
+    return torch.zeros(len(obs), agent.act_dim)
+
+
+POLICIES = {"random": act_randomly, "zero": act_zero}
 
 
 def measure(env_id: str, episodes: int, seed: int) -> list[dict]:
     """One row per policy for one environment."""
     envs, args = fpmd.make_envs(env_id, episodes), fpmd.Args(seed=seed)
     act_dim = envs.single_action_space.shape[0]
-    modes = {"random": (0, 1), "zero": (0, 1)}  # network evaluations, candidates
-    agent = SimpleNamespace(act_dim=act_dim, device=torch.device("cpu"), modes=modes)
+    agent = SimpleNamespace(act_dim=act_dim, device=torch.device("cpu"))
     rows = []
-    for policy in modes:
-        with patch.object(fpmd, "act", act):
-            result = fpmd.evaluate(agent, envs, args, policy, film=Path())
+    for policy, act in POLICIES.items():
+        returns, _ = fpmd.evaluate(act, agent, envs, args)
         row = {"env_id": env_id, "policy": policy, "episodes": episodes}
-        row |= {key: f"{result[key]:.4f}" for key in ("return_mean", "return_std")}
+        row |= {"return_mean": f"{returns.mean():.4f}", "return_std": f"{returns.std():.4f}"}
         rows.append(row | {key: metadata.version(key) for key in ("mujoco", "gymnasium")})
         print(*rows[-1].values(), flush=True)
     envs.close()
