@@ -641,6 +641,21 @@ def make_envs(env_id: str, n: int, in_processes: bool = False, film: bool = Fals
     return vector(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
+def choose_opengl() -> None:
+    """Render without a screen, through EGL unless MUJOCO_GL says otherwise."""
+    if "DISPLAY" in os.environ:
+        return
+    # mujoco reads this once, when it is imported
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    try:
+        import mujoco
+
+        mujoco.GLContext(8, 8).make_current()
+    except Exception:  # each library fails in its own way
+        install = "apt-get install libegl1 libegl-mesa0"
+        fail(f"--capture-video finds no OpenGL: {install}, or set MUJOCO_GL")
+
+
 def write_video(frames: list, env: gym.Env, file: Path) -> None:
     """Write one episode of env to <file>-episode-0.mp4."""
     from gymnasium.utils.save_video import save_video  # slow to import
@@ -1119,8 +1134,8 @@ def main(args: Args) -> Path | None:
     tf32 = args.precision == "tf32"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     warnings.filterwarnings("ignore", ".*(capturable=True|matmul_precision).*")
-    if args.capture_video and not {"DISPLAY", "MUJOCO_GL"} & os.environ.keys():
-        fail("--capture-video needs a screen, or apt-get install libegl1 and MUJOCO_GL=egl")
+    if args.capture_video:
+        choose_opengl()
     # first, because it may fork
     envs = make_envs(args.env_id, args.num_envs, args.async_envs)
     film = args.capture_video
