@@ -1,15 +1,17 @@
-"""Rebuild the tables and figures of README.md and docs/ from benchmark/results/*.csv.
+"""Rebuild the tables, figures and code excerpts of README.md and docs/.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is a key of TABLES below.
-Every number comes from a CSV, so who edits a table by hand loses it here. Only the figures need
-matplotlib (benchmark/requirements.txt).
+Every number comes from a CSV in benchmark/results. An excerpt stands between
+`<!-- code:SCRIPT.FUNCTION -->` and `<!-- /code -->` and is that function's source. Whoever edits
+one by hand loses it here. Only the figures need matplotlib (benchmark/requirements.txt).
 
-    python benchmark/report.py             # rewrite the tables, then the figures
-    python benchmark/report.py --tables    # the tables only
-    python benchmark/report.py --check     # write nothing; exit 1 if a table is out of date
+    python benchmark/report.py             # rewrite tables and excerpts, then the figures
+    python benchmark/report.py --tables    # without the figures
+    python benchmark/report.py --check     # write nothing; exit 1 if something is out of date
 """
 
 import argparse
+import ast
 import math
 import re
 import statistics
@@ -43,6 +45,7 @@ from formatting import (
 )
 
 TABLE = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+CODE = re.compile(r"(<!-- code:([\w/]+)\.(\w+) -->\n).*?(<!-- /code -->)", re.DOTALL)
 ABLATION_LAST = 3  # the same in short runs that are compared with each other
 
 
@@ -703,26 +706,43 @@ DRAWINGS = {  # figure: (what draws it, from which CSV)
 }
 
 
-def rebuild(path: Path) -> tuple[str, list[str]]:
-    """The document's text with all its tables new, and the names of those that changed."""
-    text, changed = path.read_text(), []
+def source(script: str, name: str) -> str:
+    """A function of a script, or a class, as a code block."""
+    path = ROOT / f"{script}.py"
+    text = path.read_text() if path.exists() else ""
+    for node in ast.parse(text).body:
+        if getattr(node, "name", None) == name:
+            return f"```python\n{ast.get_source_segment(text, node)}\n```"
+    sys.exit(f"report.py: error: there is no function {name} in {script}.py")
 
-    def table(match: re.Match) -> str:
-        begin, name, end = match.groups()
-        if name not in TABLES:
-            sys.exit(f"report.py: error: {path.name} asks for {name}; known: {', '.join(TABLES)}")
-        build, source = TABLES[name]
-        new = build(RESULTS / source)
-        if path.parent != ROOT:  # links to figures start from the document
-            new = new.replace("](docs/", "](")
-        new = f"{begin}\n{new}\n\n{end}"
+
+def rebuild(path: Path) -> tuple[str, list[str]]:
+    """The document's text with all its blocks new, and the names of those that changed."""
+    text, changed = path.read_text(), []
+    depth = len(path.relative_to(ROOT).parts) - 1  # 0: README.md, 1: docs/, 2: docs/campaigns/
+    figures = "](" + ("docs/" if depth == 0 else "../" * (depth - 1))
+
+    def block(match: re.Match, name: str, content: str) -> str:
+        new = f"{match[1]}\n{content}\n\n{match[match.lastindex]}"
         if new != match[0]:
             changed.append(name)
         return new
 
-    new = TABLE.sub(table, text)
-    if text.count("<!-- table:") != len(TABLE.findall(text)):
-        sys.exit(f"report.py: error: a table of {path.name} has no <!-- /table --> of its own")
+    def table(match: re.Match) -> str:
+        name = match[2]
+        if name not in TABLES:
+            sys.exit(f"report.py: error: {path.name} asks for {name}; known: {', '.join(TABLES)}")
+        build, csv = TABLES[name]
+        return block(match, name, build(RESULTS / csv).replace("](docs/", figures))
+
+    def code(match: re.Match) -> str:
+        script, name = match[2], match[3]
+        return block(match, f"{script}.{name}", source(script, name))
+
+    new = CODE.sub(code, TABLE.sub(table, text))
+    for kind, pattern in ("table", TABLE), ("code", CODE):
+        if text.count(f"<!-- {kind}:") != len(pattern.findall(text)):
+            sys.exit(f"report.py: error: {path.name}: a {kind} has no <!-- /{kind} --> of its own")
     return new, changed
 
 
@@ -734,7 +754,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 on a change")
     args = parser.parse_args()
     stale = False
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]:
         text, changed = rebuild(path) if path.exists() else ("", [])
         for name in changed:
             news = "is out of date" if args.check else "rewritten"
