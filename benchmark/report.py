@@ -2,8 +2,9 @@
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is a key of TABLES below.
 Every number comes from a CSV in benchmark/results. An excerpt stands between
-`<!-- code:SCRIPT.FUNCTION -->` and `<!-- /code -->` and is that function's source. Whoever edits
-one by hand loses it here. Only the figures need matplotlib (benchmark/requirements.txt).
+`<!-- code:SCRIPT.FUNCTION -->` and `<!-- /code -->` and is that function's source. Links of the
+form [`function`](script.py#L1) get the function's line. Whoever edits one of these by hand loses
+it here. Only the figures need matplotlib (benchmark/requirements.txt).
 
     python benchmark/report.py             # rewrite tables and excerpts, then the figures
     python benchmark/report.py --tables    # without the figures
@@ -46,6 +47,7 @@ from formatting import (
 
 TABLE = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 CODE = re.compile(r"(<!-- code:([\w/]+)\.(\w+) -->\n).*?(<!-- /code -->)", re.DOTALL)
+LINK = re.compile(r"(\[`(\w+)`\]\((?:\.\./)*([\w/]+)\.py#L)\d+\)")  # [`function`](script.py#L1)
 ABLATION_LAST = 3  # the same in short runs that are compared with each other
 
 
@@ -706,13 +708,13 @@ DRAWINGS = {  # figure: (what draws it, from which CSV)
 }
 
 
-def source(script: str, name: str) -> str:
-    """A function of a script, or a class, as a code block."""
+def definition(script: str, name: str) -> tuple[str, ast.AST]:
+    """The text of a script, and where it defines a function or a class."""
     path = ROOT / f"{script}.py"
     text = path.read_text() if path.exists() else ""
     for node in ast.parse(text).body:
         if getattr(node, "name", None) == name:
-            return f"```python\n{ast.get_source_segment(text, node)}\n```"
+            return text, node
     sys.exit(f"report.py: error: there is no function {name} in {script}.py")
 
 
@@ -736,10 +738,16 @@ def rebuild(path: Path) -> tuple[str, list[str]]:
         return block(match, name, build(RESULTS / csv).replace("](docs/", figures))
 
     def code(match: re.Match) -> str:
-        script, name = match[2], match[3]
-        return block(match, f"{script}.{name}", source(script, name))
+        excerpt = ast.get_source_segment(*definition(match[2], match[3]))
+        return block(match, f"{match[2]}.{match[3]}", f"```python\n{excerpt}\n```")
 
-    new = CODE.sub(code, TABLE.sub(table, text))
+    def link(match: re.Match) -> str:
+        new = f"{match[1]}{definition(match[3], match[2])[1].lineno})"
+        if new != match[0]:
+            changed.append(f"line of {match[3]}.{match[2]}")
+        return new
+
+    new = LINK.sub(link, CODE.sub(code, TABLE.sub(table, text)))
     for kind, pattern in ("table", TABLE), ("code", CODE):
         if text.count(f"<!-- {kind}:") != len(pattern.findall(text)):
             sys.exit(f"report.py: error: {path.name}: a {kind} has no <!-- /{kind} --> of its own")

@@ -134,6 +134,21 @@ def test_code_beside_an_equation_is_the_scripts_own(copy):
     assert "def critic_loss(new_name, " in page.read_text()
 
 
+def test_a_link_leads_to_the_line_of_its_function(copy):
+    page, script = copy / "docs" / "page.md", copy / "fpmd_online.py"
+    page.write_text("see [`generate`](../fpmd_online.py#L1) and [`main`](../fpmd_online.py)\n")
+    assert program(copy, "report.py", "--check").returncode == 1
+    program(copy, "report.py", "--tables")
+    line = 1 + script.read_text().splitlines().index(
+        "def generate(policy: nn.Module, obs: Tensor, z: Tensor, flow_steps: int) -> Tensor:"
+    )
+    expected = f"see [`generate`](../fpmd_online.py#L{line}) and [`main`](../fpmd_online.py)\n"
+    assert page.read_text() == expected
+    script.write_text("# one line more\n" + script.read_text())
+    result = program(copy, "report.py", "--check")
+    assert result.returncode == 1 and "line of fpmd_online.generate" in result.stdout
+
+
 @pytest.mark.parametrize("name", ["fpmd_online.nonsense", "nonsense.critic_loss"])
 def test_code_that_is_not_there_is_refused(copy, name):
     page = copy / "docs" / "page.md"
