@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/**/*.md"))]
 spec = importlib.util.spec_from_file_location("toy", ROOT / "docs" / "toy.py")
 toy = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(toy)
