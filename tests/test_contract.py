@@ -41,7 +41,7 @@ def python(*command, **options):
 
 def commands(scripts):
     """Every `python <script>.py ...` in the README and the docs, continuation lines joined."""
-    for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]:
+    for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]:
         for block in re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 for part in line.split("&&"):

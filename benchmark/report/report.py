@@ -1,15 +1,18 @@
-"""Rebuild the tables and figures of README.md and docs/ from benchmark/results/*.csv.
+"""Rebuild the tables, figures and code excerpts of README.md and docs/.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is one of registry.py.
-Every number comes from a CSV, so who edits a table by hand loses it here. Tables need scipy,
-figures matplotlib too (benchmark/requirements.txt).
+Every number comes from a CSV in benchmark/results. An excerpt stands between
+`<!-- code:SCRIPT.FUNCTION -->` and `<!-- /code -->` and is that function's source. Links of the
+form [`function`](script.py#L1) get the function's line. Whoever edits one of these by hand loses
+it here. Tables need scipy, figures matplotlib too (benchmark/requirements.txt).
 
-    python benchmark/report/report.py             # rewrite the tables, then the figures
-    python benchmark/report/report.py --tables    # the tables only
-    python benchmark/report/report.py --check     # write nothing; exit 1 if a table is out of date
+    python benchmark/report/report.py             # rewrite tables and excerpts, then the figures
+    python benchmark/report/report.py --tables    # without the figures
+    python benchmark/report/report.py --check     # write nothing; exit 1 if something is stale
 """
 
 import argparse
+import ast
 import re
 import sys
 from pathlib import Path
@@ -19,28 +22,53 @@ from benchmark import FIGURES, RESULTS, ROOT
 from benchmark.report.registry import registry
 
 TABLE = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+CODE = re.compile(r"(<!-- code:([\w/]+)\.(\w+) -->\n).*?(<!-- /code -->)", re.DOTALL)
+LINK = re.compile(r"(\[`(\w+)`\]\((?:\.\./)*([\w/]+)\.py#L)\d+\)")  # [`function`](script.py#L1)
+
+
+def definition(script: str, name: str) -> tuple[str, ast.AST]:
+    """The text of a script, and where it defines a function or a class."""
+    path = ROOT / f"{script}.py"
+    text = path.read_text() if path.exists() else ""
+    for node in ast.parse(text).body:
+        if getattr(node, "name", None) == name:
+            return text, node
+    sys.exit(f"report.py: error: there is no function {name} in {script}.py")
 
 
 def rebuild(path: Path, tables: dict) -> tuple[str, list[str]]:
-    """The document's text with all its tables new, and the names of those that changed."""
+    """The document's text with all its blocks new, and the names of those that changed."""
     text, changed = path.read_text(), []
+    depth = len(path.relative_to(ROOT).parts) - 1  # 0: README.md, 1: docs/, 2: docs/campaigns/
+    figures = "](" + ("docs/" if depth == 0 else "../" * (depth - 1))
 
-    def table(match: re.Match) -> str:
-        begin, name, end = match.groups()
-        if name not in tables:
-            sys.exit(f"report.py: error: {path.name} asks for {name}; known: {', '.join(tables)}")
-        build, source = tables[name]
-        new = build(RESULTS / source)
-        if path.parent != ROOT:  # links to figures start from the document
-            new = new.replace("](docs/", "](")
-        new = f"{begin}\n{new}\n\n{end}"
+    def block(match: re.Match, name: str, content: str) -> str:
+        new = f"{match[1]}\n{content}\n\n{match[match.lastindex]}"
         if new != match[0]:
             changed.append(name)
         return new
 
-    new = TABLE.sub(table, text)
-    if text.count("<!-- table:") != len(TABLE.findall(text)):
-        sys.exit(f"report.py: error: a table of {path.name} has no <!-- /table --> of its own")
+    def table(match: re.Match) -> str:
+        name = match[2]
+        if name not in tables:
+            sys.exit(f"report.py: error: {path.name} asks for {name}; known: {', '.join(tables)}")
+        build, csv = tables[name]
+        return block(match, name, build(RESULTS / csv).replace("](docs/", figures))
+
+    def code(match: re.Match) -> str:
+        excerpt = ast.get_source_segment(*definition(match[2], match[3]))
+        return block(match, f"{match[2]}.{match[3]}", f"```python\n{excerpt}\n```")
+
+    def link(match: re.Match) -> str:
+        new = f"{match[1]}{definition(match[3], match[2])[1].lineno})"
+        if new != match[0]:
+            changed.append(f"line of {match[3]}.{match[2]}")
+        return new
+
+    new = LINK.sub(link, CODE.sub(code, TABLE.sub(table, text)))
+    for kind, pattern in ("table", TABLE), ("code", CODE):
+        if text.count(f"<!-- {kind}:") != len(pattern.findall(text)):
+            sys.exit(f"report.py: error: {path.name}: a {kind} has no <!-- /{kind} --> of its own")
     return new, changed
 
 
@@ -52,7 +80,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 on a change")
     args = parser.parse_args()
     found, stale = registry(), False
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]:
         text, changed = rebuild(path, found.tables) if path.exists() else ("", [])
         for name in changed:
             news = "is out of date" if args.check else "rewritten"
