@@ -22,7 +22,7 @@ SHARED = [
     # training
     (EVERY, ["ReplayBuffer", "evaluate", "updates_due", "train"]),
     # plumbing
-    (EVERY, ["fail", "SeededEpisodes", "make_env", "make_envs", "write_video"]),
+    (EVERY, ["fail", "SeededEpisodes", "make_env", "make_envs", "choose_opengl", "write_video"]),
     (EVERY, ["describe_machine", "make_run_dir", "write_json", "cut_csv", "Run", "load"]),
     (EVERY, ["MAY_CHANGE", "flag", "check_args", "refuse_changes", "choose_device"]),
     (EVERY, ["parse_args", "StopSignal"]),
