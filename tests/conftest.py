@@ -237,14 +237,15 @@ def equal(xs, ys):
     return [x.equal(y) for x, y in zip(xs, ys, strict=True)]
 
 
-def first_weight(net):
-    """The first layer's weight (out, in), its parts side by side."""
-    return torch.cat([part.weight.detach() for part in net.first.parts], 1)
-
-
 def layers(net):
     """The modules of a script's MLP in order; the first layer's parts count as one linear layer."""
-    return [net.first, *net.rest]
+    return list(net) if isinstance(net, nn.Sequential) else [net.first, *net.rest]
+
+
+def first_weight(net):
+    """The first layer's weight (out, in), its parts side by side."""
+    first = layers(net)[0]
+    return torch.cat([part.weight.detach() for part in getattr(first, "parts", [first])], 1)
 
 
 def numpy_mlp(net, x):
@@ -252,9 +253,10 @@ def numpy_mlp(net, x):
 
     x are all inputs side by side, in the order of the first layer's parts.
     """
-    (bias,) = (p.detach().double().numpy() for p in net.first.parameters() if p.ndim == 1)
+    first, *rest = layers(net)
+    (bias,) = (p.detach().double().numpy() for p in first.parameters() if p.ndim == 1)
     x = x @ first_weight(net).double().numpy().T + bias
-    for module in net.rest:
+    for module in rest:
         weights = [p.detach().double().numpy() for p in module.parameters()]
         if isinstance(module, nn.Linear):
             x = x @ weights[0].T + weights[1]

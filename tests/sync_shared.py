@@ -22,7 +22,7 @@ SHARED = [
     # training
     (EVERY, ["ReplayBuffer", "evaluate", "updates_due", "train"]),
     # plumbing
-    (EVERY, ["fail", "SeededEpisodes", "make_env", "make_envs", "write_video"]),
+    (EVERY, ["fail", "SeededEpisodes", "make_env", "make_envs", "choose_opengl", "write_video"]),
     (EVERY, ["describe_machine", "make_run_dir", "write_json", "cut_csv", "Run", "load"]),
     (EVERY, ["MAY_CHANGE", "flag", "check_args", "refuse_changes", "choose_device"]),
     (EVERY, ["parse_args", "StopSignal"]),
@@ -30,18 +30,24 @@ SHARED = [
     (EVERY, ["Captured", "accelerate", "replay", "main"]),
     ([*MIRROR, "sac_online"], ["FastMish"]),
     # method
-    (EVERY, ["FirstLayer", "move_towards"]),
+    (EVERY, ["move_towards"]),
+    ([*MIRROR, *MVP], ["FirstLayer"]),
     ([*MIRROR, "sac_online"], ["linear"]),
-    (MIRROR, ["TIME_DIM", "time_embedding", "MLP", "QNetwork", "TwinCritic", "take"]),
+    (MIRROR, ["TIME_DIM", "MLP", "QNetwork", "TwinCritic", "take"]),
     (MIRROR, ["select_action", "critic_loss", "mirror_descent_targets", "update_critic"]),
     (MIRROR, ["update_q_statistics", "policy_lr", "prepare_update", "update_alpha"]),
     (MIRROR, ["follow_steps", "act_explore", "update"]),
-    (FPMD, ["propose", "act_one_step", "act_best_of_n", "particle_probabilities"]),
-    (FPMD, ["MODES", "DEPLOYED", "cost_of", "RISING"]),
+    (
+        FPMD,
+        ["time_embedding", "propose", "act_one_step", "act_best_of_n", "particle_probabilities"],
+    ),
+    (FPMD, ["MODES", "DEPLOYED", "cost_of"]),
+    (MIRROR, ["RISING"]),
     (MVP, ["linear", "MLP", "MeanVelocityField", "QNetwork", "TwinCritic", "take"]),
     (MVP, ["generate", "propose", "select_action", "act_one_step", "act_best_of_n"]),
-    (MVP, ["act_explore", "MODES", "DEPLOYED", "cost_of", "OneStepPolicy"]),
-    (MVP, ["prepare_update", "follow_steps", "update_critic"]),
+    (MVP, ["act_explore", "MODES", "DEPLOYED", "cost_of", "prepare_update"]),
+    (MVP, ["update_critic"]),
+    ([*MVP, "sac_online"], ["AT_MOST_ONE"]),
 ]
 
 # blocks that a script legitimately lacks or has otherwise, and why

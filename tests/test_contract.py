@@ -214,7 +214,9 @@ def test_video_without_opengl_is_refused(script, monkeypatch, capsys, tmp_path):
     """The message says which package to install."""
     monkeypatch.chdir(tmp_path)
     for name in ("DISPLAY", "MUJOCO_GL"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it will be as it was, whatever main sets
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("mujoco.GLContext", None, raising=False)
     with pytest.raises(SystemExit) as stopped:
         script.main(script.Args(**known(script, SMALL), capture_video=True))
     assert stopped.value.code == 2 and "apt-get install libegl1" in capsys.readouterr().err

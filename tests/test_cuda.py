@@ -147,7 +147,8 @@ def run(script, tmp_path, monkeypatch):
 
 def test_a_resumed_run_is_an_uninterrupted_one(script, run):
     """Bit for bit, as on a CPU: a run of 800 steps, and one of 600 that goes on."""
-    straight, resumed = run(), run(total_timesteps=600)
+    decay = known(script, {"policy_lr_decay": (10, 30)})  # a recorded update reads the rate
+    straight, resumed = run(**decay), run(total_timesteps=600, **decay)
     saved = load(resumed)
     args = script.Args(**(saved["args"] | {"resume": str(resumed), "total_timesteps": 800}))
     script.main(args)

@@ -616,7 +616,7 @@ def test_the_policys_step_leaves_no_gradient_in_the_critics(monkeypatch):
 
 @pytest.mark.parametrize("tau", [0.005, 0.3])
 def test_target_critics_move_by_tau(tau):
-    """slow <- (1 - tau) slow + tau fast with the fast weights after their step; no EMA of the policy."""
+    """slow <- (1 - tau) slow + tau fast after the step; the policy has no moving average."""
     agent, args = make_agent(tau=tau)
     for update in range(3):
         old = values(agent.target_critic)

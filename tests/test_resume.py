@@ -43,8 +43,10 @@ def rows(run_dir, name="metrics"):
 @pytest.mark.parametrize("env_id", ENVS)
 def test_resumed_equals_uninterrupted(script, run, env_id):
     """Networks, targets, optimizers, statistics, buffer, generators, simulators, CSV rows."""
-    straight = run(env_id=env_id, total_timesteps=360)
-    resumed = run(env_id=env_id, total_timesteps=200)
+    # the policy's learning rate, a tensor that updates fill, must go on falling
+    decay = known(script, {"policy_lr_decay": (5, 20)})
+    straight = run(env_id=env_id, total_timesteps=360, **decay)
+    resumed = run(env_id=env_id, total_timesteps=200, **decay)
     before = load(resumed)
     # the policy of one script or another has just fallen in one of its two environments
     assert any(len(e["actions"]) for e in before["episodes"]), "not in mid-episode"
