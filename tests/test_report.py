@@ -109,7 +109,7 @@ def test_links_to_figures_start_from_the_document(copy, folder, prefix):
     page.parent.mkdir(exist_ok=True)
     name = "campaign-cpu-figure-steps"
     page.write_text(f"<!-- table:{name} -->\n<!-- /table -->\n")
-    assert program(copy, "report.py", "--tables").returncode == 0
+    assert program(copy, "report/report.py", "--tables").returncode == 0
     assert f"]({prefix}figures/campaign_cpu_steps.png)" in page.read_text()
 
 
@@ -117,32 +117,32 @@ def test_code_beside_an_equation_is_the_scripts_own(copy):
     """A function that changes is noticed, and its new text replaces the old one."""
     page, script = copy / "docs" / "page.md", copy / "fpmd_online.py"
     page.write_text("before\n<!-- code:fpmd_online.critic_loss -->\n<!-- /code -->\nafter\n")
-    assert program(copy, "report.py", "--check").returncode == 1
-    assert program(copy, "report.py", "--tables").returncode == 0
+    assert program(copy, "report/report.py", "--check").returncode == 1
+    assert program(copy, "report/report.py", "--tables").returncode == 0
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n")
     assert "```python\ndef critic_loss(" in text and text.count("\ndef ") == 1
-    assert program(copy, "report.py", "--check").returncode == 0
+    assert program(copy, "report/report.py", "--check").returncode == 0
     script.write_text(script.read_text().replace("def critic_loss(", "def critic_loss(new_name, "))
-    result = program(copy, "report.py", "--check")
+    result = program(copy, "report/report.py", "--check")
     assert result.returncode == 1 and "page.md: fpmd_online.critic_loss" in result.stdout
     assert page.read_text() == text  # --check writes nothing
-    program(copy, "report.py", "--tables")
+    program(copy, "report/report.py", "--tables")
     assert "def critic_loss(new_name, " in page.read_text()
 
 
 def test_a_link_leads_to_the_line_of_its_function(copy):
     page, script = copy / "docs" / "page.md", copy / "fpmd_online.py"
     page.write_text("see [`generate`](../fpmd_online.py#L1) and [`main`](../fpmd_online.py)\n")
-    assert program(copy, "report.py", "--check").returncode == 1
-    program(copy, "report.py", "--tables")
+    assert program(copy, "report/report.py", "--check").returncode == 1
+    program(copy, "report/report.py", "--tables")
     line = 1 + script.read_text().splitlines().index(
         "def generate(policy: nn.Module, obs: Tensor, z: Tensor, flow_steps: int) -> Tensor:"
     )
     expected = f"see [`generate`](../fpmd_online.py#L{line}) and [`main`](../fpmd_online.py)\n"
     assert page.read_text() == expected
     script.write_text("# one line more\n" + script.read_text())
-    result = program(copy, "report.py", "--check")
+    result = program(copy, "report/report.py", "--check")
     assert result.returncode == 1 and "line of fpmd_online.generate" in result.stdout
 
 
@@ -150,12 +150,12 @@ def test_a_link_leads_to_the_line_of_its_function(copy):
 def test_code_that_is_not_there_is_refused(copy, name):
     page = copy / "docs" / "page.md"
     page.write_text(f"<!-- code:{name} -->\n<!-- /code -->\n")
-    result = program(copy, "report.py", "--tables")
+    result = program(copy, "report/report.py", "--tables")
     script, function = name.split(".")
     assert result.returncode == 1 and result.stderr.count("\n") == 1
     assert f"no function {function} in {script}.py" in result.stderr
     page.write_text(f"<!-- code:{name} -->\nno end\n")
-    assert "no <!-- /code -->" in program(copy, "report.py", "--tables").stderr
+    assert "no <!-- /code -->" in program(copy, "report/report.py", "--tables").stderr
 
 
 def test_results_table_says_what_the_runs_did(copy):
