@@ -27,9 +27,10 @@ def trained(script, run, name, **changes):
     if "flow_steps" in settings:
         settings["flow_steps"] = min(settings["flow_steps"], script.Args().flow_steps)
     run_dir = run(env_id=f"probe_envs:{name}-v0", **settings)
-    agent = script.Agent(1, 1, script.Args(**settings), torch.device("cpu"))
+    args = script.Args(**load(run_dir)["args"])
+    agent = script.Agent(1, 1, args, torch.device("cpu"))
     agent.load_state_dict(load(run_dir)["agent"])
-    return agent
+    return agent, args
 
 
 def critic_alone(script):
@@ -46,26 +47,26 @@ def q_values(agent, obs):
         return agent.critic(torch.full((21, 1), float(obs)), actions)
 
 
-def deployed_actions(script, agent, obs):
+def deployed_actions(script, agent, args, obs):
     rng = torch.Generator().manual_seed(0)
     obs = torch.full((256, 1), float(obs))
-    return script.MODES[script.DEPLOYED](agent, obs, script.Args(), rng)
+    return script.MODES[script.DEPLOYED](agent, obs, args, rng)
 
 
 def test_constant_reward(script, run):
-    agent = trained(script, run, "Constant", **critic_alone(script))
+    agent, _ = trained(script, run, "Constant", **critic_alone(script))
     assert q_values(agent, 0) == pytest.approx(0.2, abs=0.02)
 
 
 def test_reward_depends_on_observation(script, run):
-    agent = trained(script, run, "Observed", **critic_alone(script))
+    agent, _ = trained(script, run, "Observed", **critic_alone(script))
     assert q_values(agent, 1) == pytest.approx(0.2, abs=0.04)
     assert q_values(agent, -1) == pytest.approx(-0.2, abs=0.04)
 
 
 def test_reward_comes_later(script, run):
     """Bootstrapping: the first step is worth gamma times the second."""
-    agent = trained(script, run, "Delayed", **critic_alone(script))
+    agent, _ = trained(script, run, "Delayed", **critic_alone(script))
     assert q_values(agent, 1) == pytest.approx(0.2, abs=0.02)
     q = q_values(agent, 0)
     if script.__name__ == "mvp_online":  # its Q has bumps over the actions: the mean is judged
@@ -78,7 +79,7 @@ def test_time_limit_is_no_termination(script, run):
 
     Treated as termination, the mean value over the 8 steps would be below 0.2 * 8 = 1.6.
     """
-    agent = trained(script, run, "Endless", total_timesteps=4200, **critic_alone(script))
+    agent, _ = trained(script, run, "Endless", total_timesteps=4200, **critic_alone(script))
     assert q_values(agent, 0) == pytest.approx(0.2 / (1 - 0.9), abs=0.15)
 
 
@@ -112,14 +113,14 @@ def test_reward_depends_on_action_for_sac(script, run, tanh_correction):
 
 def assert_finds_the_optimum(script, run, **changes):
     settings = {"reward_scale": 2.0, "total_timesteps": 3200} | changes
-    agent = trained(script, run, "Acted", **settings)
-    actions = deployed_actions(script, agent, 0)
+    agent, args = trained(script, run, "Acted", **settings)
+    actions = deployed_actions(script, agent, args, 0)
     assert actions.mean().item() == pytest.approx(0.5, abs=0.15)
     assert (actions - 0.5).abs().mean() < 0.2
 
 
 def test_reward_depends_on_both(script, run):
-    agent = trained(script, run, "Both", total_timesteps=3200, reward_scale=2.0)
+    agent, args = trained(script, run, "Both", total_timesteps=3200, reward_scale=2.0)
     for obs in (-1, 1):
-        actions = deployed_actions(script, agent, obs)
+        actions = deployed_actions(script, agent, args, obs)
         assert actions.mean().item() == pytest.approx(0.5 * obs, abs=0.15)
