@@ -766,7 +766,6 @@ class Run:
     def restore(self, saved: dict) -> np.ndarray:
         """Undo save; returns the observations the envs were at."""
         self.global_step = saved["global_step"]
-        self.start -= saved["wall_time"]
         self.metrics = saved["metrics"]
         self.agent.load_state_dict(saved["agent"])
         for name, value in saved["counters"].items():
@@ -781,7 +780,10 @@ class Run:
         for name, column in saved["buffer"].items():
             self.buffer.data[name][: self.buffer.size] = column
         self.rng.set_state(saved["rng"])
-        return np.stack(self.envs.call("restore", saved["episodes"]))
+        obs = np.stack(self.envs.call("restore", saved["episodes"]))
+        # playing the simulators back is not the run's time
+        self.start = time.perf_counter() - saved["wall_time"]
+        return obs
 
     def close(self) -> None:
         for resource in self.bar, self.writer, self.envs, self.eval_envs:
@@ -833,8 +835,10 @@ def check_args(args: Args) -> None:
             rules.append((holds, f"{flag(name)} {number} must be {low} and {high}"))
     for name in RISING:
         first, last = getattr(args, name)
-        holds = -math.inf < first < last < math.inf
-        rules.append((holds, f"{flag(name)} {first} {last} must be finite and rise"))
+        lowest = 0 if name in MAY_BE_ZERO else -sys.float_info.max
+        holds = lowest <= first < last < math.inf
+        low = "0 or more" if lowest == 0 else "finite"
+        rules.append((holds, f"{flag(name)} {first} {last} must be {low} and rise"))
     updates = args.utd * (args.total_timesteps - args.learning_starts)
     message = f"--utd {args.utd} gives no update; raise it or --total-timesteps"
     rules.append((updates >= 1, message))
