@@ -14,8 +14,8 @@ Below, e ~ N(0, I), and Q' are the target critics.
     python fpmd_online.py --env-id Ant-v4
     python fpmd_online.py --evaluate runs/<run>/policy.pt --eval-episodes 10
 
-Four parts: 1 METHOD, 2 TRAINING, 3 PLUMBING, 4 SPEED. Who stops after the second has read the
-algorithm end to end, from env.step to the optimizers.
+Four parts: 1 METHOD, 2 TRAINING, 3 PLUMBING, 4 SPEED. Stop after part 2, and you have read
+the algorithm end to end, from env.step to the optimizers.
 
 Paper: One-Step Flow Policy Mirror Descent, arXiv:2507.23675; code: tianyyiii/flow_policy_iclr.
 """
@@ -86,7 +86,7 @@ class Args:
     num_candidates: int = 32  # N, actions generated per state
     flow_steps: int = 20  # T, Euler steps per action (NFE) in training
     prior_std: float = 0.5  # std of z_0 when sampling; 1 in the loss
-    weight_mode: Literal["temperature", "clip_alpha", "none", "particles"] = "temperature"  # w
+    weight_mode: Literal["temperature", "clip_alpha", "none", "particles"] = "temperature"  # of w
     temperature: float = 3.0  # lambda, in std of Q over states
     particle_temperature: float = 0.5  # lambda, in std of Q within a state
     reward_scale: float = 0.2  # rewards are multiplied by this
@@ -95,13 +95,13 @@ class Args:
     critic_steps: int = 2  # Adam steps per critic gradient; the authors take 2
     policy_lr: tuple[float, float] = (3e-4, 3e-5)  # the policy's, first and last
     policy_lr_decay: tuple[int, int] = (25_000, 75_000)  # linear between these policy updates
-    policy_delay: int = 2  # updates per update of the policy
+    policy_delay: int = 2  # updates per step of the policy and of the moving averages
     q_stats_rate: float = 0.001  # rate of the running mean and std of Q
     noise_scale: float = 0.1  # exploration noise std is alpha * noise_scale
-    alpha_init: float = 5.0  # alpha at the start
+    alpha_init: float = 5.0  # alpha multiplies the noise (it is not SAC's); its start
     alpha_lr: float = 7e-3  # Adam step size of log alpha
     alpha_interval: int = 1_250  # steps between updates of alpha
-    target_entropy_scale: float = 1.5  # alpha decays to the entropy -scale * act_dim
+    target_entropy_scale: float = 1.5  # alpha decays until the noise has entropy -scale * act_dim
     hidden_dim: int = 256  # width of the hidden layers
 
     # --- speed: how it is computed ---
@@ -142,13 +142,13 @@ class FirstLayer(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear layers with Mish between, or with LayerNorm and Mish."""
+    """So many hidden layers, Mish between (after LayerNorm, if asked) and a linear last one."""
 
-    def __init__(self, input_dims: tuple, hidden_dim: int, out_dim: int, layers=3, norm=False):
+    def __init__(self, input_dims: tuple, hidden_dim: int, out_dim: int, hidden=3, norm=False):
         super().__init__()
         self.first = FirstLayer(*input_dims, out_dim=hidden_dim)
         rest = []
-        for dim in [hidden_dim] * (layers - 1) + [out_dim]:
+        for dim in [hidden_dim] * (hidden - 1) + [out_dim]:
             if norm:
                 rest.append(nn.LayerNorm(hidden_dim))
             rest += [nn.Mish(), linear(hidden_dim, dim, fan_in=hidden_dim)]
@@ -170,12 +170,12 @@ class VelocityField(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int = 256):
         super().__init__()
         self.act_dim = act_dim
-        self.time_mlp = MLP((TIME_DIM,), 2 * TIME_DIM, TIME_DIM, layers=1)
+        self.time_mlp = MLP((TIME_DIM,), 2 * TIME_DIM, TIME_DIM, hidden=1)
         self.net = MLP((obs_dim, TIME_DIM, act_dim), hidden_dim, act_dim)
 
     def forward(self, obs: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """obs (B, obs_dim), z (..., B, act_dim), t (1,) or (B, 1) -> velocity like z."""
-        # z last: it alone has all candidates, and the sum before it stays small
+        # z last: all that is summed before it has no candidates yet
         return self.net(obs, self.time_mlp(time_embedding(t)), z)
 
 
@@ -275,7 +275,7 @@ def act_best_of_n(agent: Agent, obs: Tensor, args: Args, rng: Generator) -> Tens
 
 @torch.no_grad()
 def act_explore(agent: Agent, obs: Tensor, args: Args, rng: Generator) -> Tensor:
-    """Best of N, with noise on every candidate that decays with alpha."""
+    """Best of N candidates, each with noise of std alpha * noise_scale."""
     std = agent.log_alpha.exp() * args.noise_scale
     candidates = propose(agent.acting_policy, obs, std, args, rng)
     return select_action(agent.critic, obs, candidates)[0]
@@ -311,7 +311,8 @@ def mirror_descent_targets(
 ) -> tuple[Tensor, Tensor]:
     """What the policy imitates: actions (B, act_dim) and their weights w (B,).
 
-    Of max_pi E[Q] - lambda KL(pi || pi_old) the solution is pi_old exp(Q / lambda).
+    Of max_pi E[Q] - lambda KL(pi || pi_old) the solution is pi_old exp(Q / lambda), and pi_old is
+    the policy as it is. At each state its best of N counts, with weights across the states.
     """
     q = scores.amax(0)  # (B,)
     best = take(candidates, scores.argmax(0))  # (B, act_dim)
@@ -321,12 +322,12 @@ def mirror_descent_targets(
         return best, w / w.mean()
     if args.weight_mode == "clip_alpha":  # as the authors released it
         clip_limit = 3.0
-        shifted = q - agent.q_mean / agent.q_std  # a quirk of the release
+        shifted = q - agent.q_mean / agent.q_std  # the release's; (q - mean) / std was meant?
         alpha = agent.log_alpha.detach().exp()
         return best, (shifted.clamp(-clip_limit, clip_limit) / alpha).exp()
     if args.weight_mode == "particles":  # within each state, resample its candidates
         p = particle_probabilities(agent, scores, args)  # (N, B)
-        # of clocks with rates p, clock i rings first with probability p_i
+        # of clocks with rates p, the i-th rings first with probability p_i
         clocks = torch.empty_like(p).exponential_(generator=rng) / p
         return take(candidates, clocks.argmin(0)), torch.ones_like(q)
     return best, torch.ones_like(q)  # none: every best candidate counts alike
@@ -337,7 +338,7 @@ def policy_loss(
 ) -> Tensor:
     """Conditional flow matching: mean of w || v(s, z_t, t) - (a* - e) ||^2.
 
-    obs (B, obs_dim), actions a* and noise e (B, act_dim), w (B,), t ~ U(0, 1) (B, 1).
+    states obs (B, obs_dim), their actions a*, noise e (B, act_dim), w (B,), t ~ U(0, 1) (B, 1).
     """
     z_t = (1 - t) * noise + t * actions
     error = policy(obs, z_t, t) - (actions - noise)  # (B, act_dim)
@@ -360,11 +361,11 @@ def update_critic(agent: Agent, batch: dict, next_actions: Tensor, args: Args) -
     return {"losses/critic_loss": loss.detach(), "losses/q_values": q.mean()}
 
 
-def update_policy(agent: Agent, obs, actions, w, args: Args, rng: Generator, loss=None) -> dict:
-    """Adam step towards actions (B, act_dim); loss may be policy_loss compiled."""
+def update_policy(agent: Agent, obs, actions, w, args: Args, rng: Generator, loss_fn=None) -> dict:
+    """Adam step towards actions (B, act_dim); loss_fn may be policy_loss compiled."""
     t = torch.rand((len(obs), 1), generator=rng, device=obs.device)
     noise = torch.randn(actions.shape, generator=rng, device=obs.device)
-    loss = (loss or policy_loss)(agent.policy, obs, actions, w, noise, t)
+    loss = (loss_fn or policy_loss)(agent.policy, obs, actions, w, noise, t)
     agent.optimizers["policy"].zero_grad()
     loss.backward()
     agent.optimizers["policy"].step()
@@ -373,19 +374,19 @@ def update_policy(agent: Agent, obs, actions, w, args: Args, rng: Generator, los
 
 
 def update_q_statistics(agent: Agent, scores: Tensor, rate: float) -> None:
-    """Move them towards those of the scores (N, B)."""
+    """Mean and std of the best score over states, and std within a state; scores (N, B)."""
     q = scores.amax(0)  # (B,)
     agent.q_mean.lerp_(q.mean(), rate)
     agent.q_std.lerp_(q.std(correction=0), rate).clamp_(min=1e-6)  # 0 would divide Q
     agent.q_std_within.lerp_(scores.std(0, correction=0).mean(), rate).clamp_(min=1e-6)
 
 
-def update(agent: Agent, batch: dict, args: Args, rng, improve_policy: bool, loss=None) -> dict:
+def update(agent: Agent, batch: dict, args: Args, rng, improve_policy: bool, loss_fn=None) -> dict:
     """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
-    # no counter and no learning rate of Python's is read: a CUDA graph can record it all
+    # what changes between calls is a tensor, so that a CUDA graph can record an update
     next_obs = batch["next_obs"]
     alpha = agent.log_alpha.detach().exp()
-    # one generation at s' serves both losses: a* makes the TD target and is imitated
+    # one generation at s', by the policy itself, serves the TD target and what is imitated
     with torch.no_grad():
         # ranking needs Q to more than bfloat16's three digits
         with torch.autocast(rng.device.type, torch.bfloat16, args.precision == "bfloat16"):
@@ -395,8 +396,8 @@ def update(agent: Agent, batch: dict, args: Args, rng, improve_policy: bool, los
     metrics["policy/candidate_spread"] = candidates.std(0, correction=0).mean()
     if improve_policy:
         targets, w = mirror_descent_targets(agent, candidates, scores, args, rng)
-        metrics |= update_policy(agent, next_obs, targets, w, args, rng, loss)
-        move_towards(agent.target_critic, agent.critic, args.tau)
+        metrics |= update_policy(agent, next_obs, targets, w, args, rng, loss_fn)
+        move_towards(agent.target_critic, agent.critic, args.tau)  # as seldom as the policy
         if args.weight_mode == "particles":
             w = particle_probabilities(agent, scores, args)  # (N, B)
         # effective sample size / sample size
@@ -405,14 +406,14 @@ def update(agent: Agent, batch: dict, args: Args, rng, improve_policy: bool, los
     return metrics | {"policy/alpha": alpha}
 
 
-def policy_lr(args: Args, policy_updates: int) -> float:
+def policy_lr_at(args: Args, policy_updates: int) -> float:
     """Adam step size of the policy: constant, then linear, then constant."""
     return float(np.interp(policy_updates, args.policy_lr_decay, args.policy_lr))
 
 
 def prepare_update(agent: Agent, args: Args) -> bool:
     """Set the policy's learning rate; says whether this update improves the policy."""
-    agent.policy_lr.fill_(policy_lr(args, agent.updates // args.policy_delay))
+    agent.policy_lr.fill_(policy_lr_at(args, agent.updates // args.policy_delay))
     return agent.updates % args.policy_delay == 0
 
 
@@ -473,7 +474,7 @@ class ReplayBuffer:
 def evaluate(act: Callable, agent: Agent, envs, args: Args, frames=None, stop=()):
     """An episode per env: returns and successes (NaN: unknown), (num_envs,)."""
     rng = Generator(agent.device).manual_seed(args.seed)  # all evaluations start alike
-    obs, _ = envs.reset(seed=[2 * args.seed + 1] * envs.num_envs)  # training: even seeds
+    obs, _ = envs.reset(seed=[2 * args.seed + 1] * envs.num_envs)  # odd; each env adds its index
     running = np.full(envs.num_envs, True)
     returns = np.zeros(envs.num_envs)
     successes = np.full(envs.num_envs, np.nan)
@@ -494,11 +495,11 @@ def evaluate(act: Callable, agent: Agent, envs, args: Args, frames=None, stop=()
 
 def updates_due(args: Args, global_step: int) -> int:
     """Gradient updates that belong to this many environment steps."""
-    return int(args.utd * (global_step - args.learning_starts) + 1e-9)  # 0.2 * 5 is 1
+    return int(args.utd * (global_step - args.learning_starts) + 1e-9)  # 0.29 * 100 is 29
 
 
 def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng, obs) -> None:
-    """Act, learn, step, store; obs (num_envs, obs_dim) is where the envs are."""
+    """Act, learn, step, store, from obs (num_envs, obs_dim); run counts, logs and saves."""
     explore, improve = act_explore, update
     if args.compile:
         explore, improve = accelerate(agent, explore, improve, args)  # the same, faster
@@ -1044,7 +1045,10 @@ class FastMish(nn.Mish):
 class Captured:
     """function(agent, inputs, args, rng, *key) as one CUDA graph per key, a single launch.
 
-    Inputs are copied to the addresses of the recording; outputs hold until the next call.
+    A graph repeats its kernels on the same addresses. So inputs are copied there, outputs hold
+    until the next call, learning rates are tensors, and Adam (capturable) counts its steps on the
+    GPU. Gradients live in the graph's own memory and are used up in it. The generator may belong
+    to several graphs: each replay moves its offset on by what the recording drew.
     Three calls are not recorded: they compile, choose kernels and allocate.
     """
 
@@ -1091,7 +1095,7 @@ def accelerate(
                 setattr(module, name, FastMish())
     for network in agent.policy, agent.critic, agent.target_critic:
         network.compile(dynamic=False)
-    improve = partial(improve, loss=torch.compile(policy_loss, dynamic=False))
+    improve = partial(improve, loss_fn=torch.compile(policy_loss, dynamic=False))
     if device.type != "cuda":
         return explore, improve
     torch.cuda.synchronize(device)

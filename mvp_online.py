@@ -16,8 +16,8 @@ v = a* - e, Q is the mean of two critics, and Q' that of the target critics.
     python mvp_online.py --env-id Ant-v4
     python mvp_online.py --evaluate runs/<run>/policy.pt --eval-episodes 10
 
-Four parts: 1 METHOD, 2 TRAINING, 3 PLUMBING, 4 SPEED. Who stops after the second has read the
-algorithm end to end, from env.step to the optimizers.
+Four parts: 1 METHOD, 2 TRAINING, 3 PLUMBING, 4 SPEED. Stop after part 2, and you have read
+the algorithm end to end, from env.step to the optimizers.
 
 Paper: Mean Velocity Policy, arXiv:2602.13810; no code is public. Critics: Q-chunking's.
 """
@@ -134,11 +134,11 @@ class FirstLayer(nn.Module):
 class MLP(nn.Module):
     """Linear layers with GELU between, or with GELU and LayerNorm."""
 
-    def __init__(self, input_dims: tuple, hidden_dim: int, out_dim: int, layers=4, norm=False):
+    def __init__(self, input_dims: tuple, hidden_dim: int, out_dim: int, hidden=4, norm=False):
         super().__init__()
         self.first = FirstLayer(*input_dims, out_dim=hidden_dim)
         rest = []
-        for dim in [hidden_dim] * (layers - 1) + [out_dim]:
+        for dim in [hidden_dim] * (hidden - 1) + [out_dim]:
             rest.append(nn.GELU("tanh"))
             if norm:
                 rest.append(nn.LayerNorm(hidden_dim, eps=1e-6))
@@ -159,7 +159,7 @@ class MeanVelocityField(nn.Module):
 
     def forward(self, obs: Tensor, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
         """obs (B, obs_dim), z (..., B, act_dim), t and r (1,) or (B, 1) -> velocity like z."""
-        # z last: it alone has all candidates, and the sum before it stays small
+        # z last: all that is summed before it has no candidates yet
         return self.net(obs, t, r, z)
 
 
@@ -318,21 +318,21 @@ def update_critic(agent: Agent, batch: dict, next_actions: Tensor, args: Args) -
     return {"losses/critic_loss": loss.detach(), "losses/q_values": q.mean()}
 
 
-def update_policy(agent: Agent, obs, actions, args: Args, rng: Generator, loss=None) -> dict:
-    """Adam step towards actions (B, act_dim); loss may be policy_loss compiled."""
+def update_policy(agent: Agent, obs, actions, args: Args, rng: Generator, loss_fn=None) -> dict:
+    """Adam step towards actions (B, act_dim); loss_fn may be policy_loss compiled."""
     t, r = torch.rand((2, len(obs), 1), generator=rng, device=obs.device).sort(0).values
     noise = torch.randn(actions.shape, generator=rng, device=obs.device)
-    loss = loss or policy_loss
-    meanflow, constraint = loss(agent.policy, obs, actions, noise, t, r)
+    loss_fn = loss_fn or policy_loss
+    meanflow, constraint = loss_fn(agent.policy, obs, actions, noise, t, r)
     agent.optimizers["policy"].zero_grad()
     (meanflow + args.ivc_coef * constraint).backward()
     agent.optimizers["policy"].step()
     return {"losses/policy_loss": meanflow.detach(), "losses/ivc_loss": constraint.detach()}
 
 
-def update(agent: Agent, batch: dict, args: Args, rng, _improve_policy=True, loss=None) -> dict:
+def update(agent: Agent, batch: dict, args: Args, rng, _improve_policy=True, loss_fn=None) -> dict:
     """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
-    # no counter of Python's is read: a CUDA graph can record it all
+    # what changes between calls is a tensor, so that a CUDA graph can record an update
     next_obs = batch["next_obs"]
     with torch.no_grad():
         # ranking needs Q to more than bfloat16's three digits
@@ -343,7 +343,7 @@ def update(agent: Agent, batch: dict, args: Args, rng, _improve_policy=True, los
     metrics["policy/best_of_n_gain"] = (scores.amax(0) - scores.mean(0)).mean()
     metrics["policy/candidate_spread"] = candidates.std(0, correction=0).mean()
     obs, actions = imitation_targets(batch, next_actions, args)
-    metrics |= update_policy(agent, obs, actions, args, rng, loss)
+    metrics |= update_policy(agent, obs, actions, args, rng, loss_fn)
     move_towards(agent.target_critic, agent.critic, args.tau)
     return metrics
 
@@ -399,7 +399,7 @@ class ReplayBuffer:
 def evaluate(act: Callable, agent: Agent, envs, args: Args, frames=None, stop=()):
     """An episode per env: returns and successes (NaN: unknown), (num_envs,)."""
     rng = Generator(agent.device).manual_seed(args.seed)  # all evaluations start alike
-    obs, _ = envs.reset(seed=[2 * args.seed + 1] * envs.num_envs)  # training: even seeds
+    obs, _ = envs.reset(seed=[2 * args.seed + 1] * envs.num_envs)  # odd; each env adds its index
     running = np.full(envs.num_envs, True)
     returns = np.zeros(envs.num_envs)
     successes = np.full(envs.num_envs, np.nan)
@@ -420,11 +420,11 @@ def evaluate(act: Callable, agent: Agent, envs, args: Args, frames=None, stop=()
 
 def updates_due(args: Args, global_step: int) -> int:
     """Gradient updates that belong to this many environment steps."""
-    return int(args.utd * (global_step - args.learning_starts) + 1e-9)  # 0.2 * 5 is 1
+    return int(args.utd * (global_step - args.learning_starts) + 1e-9)  # 0.29 * 100 is 29
 
 
 def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng, obs) -> None:
-    """Act, learn, step, store; obs (num_envs, obs_dim) is where the envs are."""
+    """Act, learn, step, store, from obs (num_envs, obs_dim); run counts, logs and saves."""
     explore, improve = act_explore, update
     if args.compile:
         explore, improve = accelerate(agent, explore, improve, args)  # the same, faster
@@ -957,7 +957,10 @@ class StopSignal:
 class Captured:
     """function(agent, inputs, args, rng, *key) as one CUDA graph per key, a single launch.
 
-    Inputs are copied to the addresses of the recording; outputs hold until the next call.
+    A graph repeats its kernels on the same addresses. So inputs are copied there, outputs hold
+    until the next call, learning rates are tensors, and Adam (capturable) counts its steps on the
+    GPU. Gradients live in the graph's own memory and are used up in it. The generator may belong
+    to several graphs: each replay moves its offset on by what the recording drew.
     Three calls are not recorded: they compile, choose kernels and allocate.
     """
 
@@ -1000,7 +1003,7 @@ def accelerate(
         return explore, improve
     for network in agent.policy, agent.critic, agent.target_critic:
         network.compile(dynamic=False)
-    improve = partial(improve, loss=torch.compile(policy_loss, dynamic=False))
+    improve = partial(improve, loss_fn=torch.compile(policy_loss, dynamic=False))
     if device.type != "cuda":
         return explore, improve
     torch.cuda.synchronize(device)

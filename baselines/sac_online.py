@@ -19,8 +19,8 @@ The defaults match fpmd_online.py's networks, critics and budget; CleanRL's sett
         --hidden-layers 2 --activation relu --log-std-range -5 2 --critic-lr 1e-3 --critic-steps 1 \
         --alpha-init 1 --alpha-lr 1e-3
 
-Four parts: 1 METHOD, 2 TRAINING, 3 PLUMBING, 4 SPEED. Who stops after the second has read the
-algorithm end to end, from env.step to the optimizers.
+Four parts: 1 METHOD, 2 TRAINING, 3 PLUMBING, 4 SPEED. Stop after part 2, and you have read
+the algorithm end to end, from env.step to the optimizers.
 
 Paper: arXiv:1812.05905; code: CleanRL's sac_continuous_action.py, tianyyiii/flow_policy_iclr.
 """
@@ -274,10 +274,10 @@ def update_critic(agent: Agent, batch: dict, next_actions, bonus: Tensor, args: 
     return {"losses/critic_loss": loss.detach(), "losses/q_values": q.mean()}
 
 
-def update_policy(agent: Agent, obs, e: Tensor, alpha: Tensor, args: Args, loss=None) -> dict:
+def update_policy(agent: Agent, obs, e: Tensor, alpha: Tensor, args: Args, loss_fn=None) -> dict:
     """Adam step on new actions at obs from noise e (B, act_dim); loss: policy_loss, compiled."""
     correction = args.tanh_correction
-    loss, entropy = (loss or policy_loss)(agent.policy, agent.critic, obs, e, alpha, correction)
+    loss, entropy = (loss_fn or policy_loss)(agent.policy, agent.critic, obs, e, alpha, correction)
     agent.optimizers["policy"].zero_grad()
     loss.backward(inputs=list(agent.policy.parameters()))  # through the critics, not into them
     agent.optimizers["policy"].step()
@@ -290,9 +290,9 @@ def update_alpha(agent: Agent, entropy: Tensor, args: Args) -> None:
     agent.optimizers["alpha"].step()
 
 
-def update(agent: Agent, batch: dict, args: Args, rng, _improve_policy: bool, loss=None) -> dict:
+def update(agent: Agent, batch: dict, args: Args, rng, _improve_policy: bool, loss_fn=None) -> dict:
     """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
-    # no counter of Python's is read: a CUDA graph can record it all
+    # what changes between calls is a tensor, so that a CUDA graph can record an update
     obs = batch["obs"]
     alpha = agent.log_alpha.detach().exp()
     shape = (2, len(obs), agent.policy.act_dim)
@@ -300,7 +300,7 @@ def update(agent: Agent, batch: dict, args: Args, rng, _improve_policy: bool, lo
     with torch.no_grad():
         actions, log_probs = sample(agent.policy, batch["next_obs"], next_e, args.tanh_correction)
     metrics = update_critic(agent, batch, actions, -alpha * log_probs, args)
-    metrics |= update_policy(agent, obs, e, alpha, args, loss)
+    metrics |= update_policy(agent, obs, e, alpha, args, loss_fn)
     update_alpha(agent, metrics["policy/entropy"], args)
     move_towards(agent.target_critic, agent.critic, args.tau)
     return metrics | {"policy/alpha": alpha}
@@ -357,7 +357,7 @@ class ReplayBuffer:
 def evaluate(act: Callable, agent: Agent, envs, args: Args, frames=None, stop=()):
     """An episode per env: returns and successes (NaN: unknown), (num_envs,)."""
     rng = Generator(agent.device).manual_seed(args.seed)  # all evaluations start alike
-    obs, _ = envs.reset(seed=[2 * args.seed + 1] * envs.num_envs)  # training: even seeds
+    obs, _ = envs.reset(seed=[2 * args.seed + 1] * envs.num_envs)  # odd; each env adds its index
     running = np.full(envs.num_envs, True)
     returns = np.zeros(envs.num_envs)
     successes = np.full(envs.num_envs, np.nan)
@@ -378,11 +378,11 @@ def evaluate(act: Callable, agent: Agent, envs, args: Args, frames=None, stop=()
 
 def updates_due(args: Args, global_step: int) -> int:
     """Gradient updates that belong to this many environment steps."""
-    return int(args.utd * (global_step - args.learning_starts) + 1e-9)  # 0.2 * 5 is 1
+    return int(args.utd * (global_step - args.learning_starts) + 1e-9)  # 0.29 * 100 is 29
 
 
 def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng, obs) -> None:
-    """Act, learn, step, store; obs (num_envs, obs_dim) is where the envs are."""
+    """Act, learn, step, store, from obs (num_envs, obs_dim); run counts, logs and saves."""
     explore, improve = act_explore, update
     if args.compile:
         explore, improve = accelerate(agent, explore, improve, args)  # the same, faster
@@ -927,7 +927,10 @@ class FastMish(nn.Mish):
 class Captured:
     """function(agent, inputs, args, rng, *key) as one CUDA graph per key, a single launch.
 
-    Inputs are copied to the addresses of the recording; outputs hold until the next call.
+    A graph repeats its kernels on the same addresses. So inputs are copied there, outputs hold
+    until the next call, learning rates are tensors, and Adam (capturable) counts its steps on the
+    GPU. Gradients live in the graph's own memory and are used up in it. The generator may belong
+    to several graphs: each replay moves its offset on by what the recording drew.
     Three calls are not recorded: they compile, choose kernels and allocate.
     """
 
@@ -974,7 +977,7 @@ def accelerate(
                 setattr(module, name, FastMish())
     for network in agent.policy, agent.critic, agent.target_critic:
         network.compile(dynamic=False)
-    improve = partial(improve, loss=torch.compile(policy_loss, dynamic=False))
+    improve = partial(improve, loss_fn=torch.compile(policy_loss, dynamic=False))
     if device.type != "cuda":
         return explore, improve
     torch.cuda.synchronize(device)
