@@ -43,6 +43,22 @@ SMALL = {
 }
 
 
+# here one script is tested fast and the others slowly: what is tested is mostly the same text
+ONE_IS_FAST = {"test_probes", "test_resume", "test_data", "test_speed"}
+ONE_IS_FAST |= {"test_video_of_a_replay", "test_a_script_runs_alone"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """The README's command leaves out what is marked slow; .ci/run has it run afterwards."""
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        script = parameters.get("script", parameters.get("name"))
+        names = {item.module.__name__, item.originalname}
+        if names & ONE_IS_FAST and script in FILES and script != "fpmd_online":
+            item.add_marker(pytest.mark.slow)
+
+
 def known(script, settings):
     """Those of the settings that the script has: SAC has no candidates and no steps."""
     return {key: value for key, value in settings.items() if hasattr(script.Args, key)}

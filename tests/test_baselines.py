@@ -584,6 +584,7 @@ def test_an_oracle_lands_on_four_points(kind, prior_std):
     assert gap < 0.01 and shares.min() > 0.2
 
 
+@pytest.mark.slow
 def test_dpmd_finds_four_points():
     """A network fitted to the points finds all in twenty steps; in one step it does not.
 

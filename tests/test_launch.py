@@ -221,6 +221,7 @@ def test_a_campaign_file_and_what_overrides_it(root, launch):
 CAMPAIGNS = sorted((ROOT / "benchmark/launch/campaigns").glob("*.toml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CAMPAIGNS, ids=[path.stem for path in CAMPAIGNS])
 def test_campaigns_of_the_repository(path, tmp_path):
     """Every script takes its flags, and nothing is missing from the grid."""
@@ -554,6 +555,7 @@ def test_rows_of_a_growing_file(tmp_path):
 # ---------------------------------------------------------------------------- a real script
 
 
+@pytest.mark.slow
 def test_a_real_run_equals_an_undisturbed_one(tmp_path, monkeypatch):
     """The job is killed, then the launcher, each past a checkpoint; evaluations, bit for bit."""
     script = importlib.import_module("fpmd_meanflow_online")

@@ -693,12 +693,14 @@ def one_step_to_modes(reverse):
         return to_nearest_mode(mvp.generate(policy, torch.zeros(4_000, 1), noise, 1))
 
 
+@pytest.mark.slow
 def test_one_step_finds_all_modes():
     """Four points of the plane; the distance was 0.16 when this was written. Noise has 0.84."""
     distance, shares = one_step_to_modes(reverse=False)
     assert distance < 0.25 and shares.min() > 0.2
 
 
+@pytest.mark.slow
 def test_the_printed_order_of_times_never_trains_the_jump():
     """With the state at the later time (r <= t) the jump (0, 1) is asked of an untrained point.
 
@@ -707,6 +709,7 @@ def test_the_printed_order_of_times_never_trains_the_jump():
     assert one_step_to_modes(reverse=True)[0] > 0.35
 
 
+@pytest.mark.slow
 def test_the_constraint_pins_the_boundary():
     """u(z, t, t) is nearer to the velocity of two modes on a line with the constraint than without.
 

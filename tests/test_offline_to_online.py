@@ -376,6 +376,7 @@ def test_stopped_runs_go_on_exactly(run, monkeypatch, tmp_path):
         assert differences(straight, load(run_dir)) == []
 
 
+@pytest.mark.slow
 def test_learns_which_half_of_the_data_succeeds(tmp_path, monkeypatch):
     """Data that goes left or right by whole chunks, rewarded at the end of one to the right.
 

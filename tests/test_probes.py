@@ -66,7 +66,10 @@ def test_reward_depends_on_observation(script, run):
 
 def test_reward_comes_later(script, run):
     """Bootstrapping: the first step is worth gamma times the second."""
-    agent, _ = trained(script, run, "Delayed", **critic_alone(script))
+    changes = critic_alone(script)
+    if script.__name__ == "mvp_online":
+        changes["total_timesteps"] = 4200  # its LayerNorm makes bumps that take longer to go
+    agent, _ = trained(script, run, "Delayed", **changes)
     assert q_values(agent, 1) == pytest.approx(0.2, abs=0.02)
     q = q_values(agent, 0)
     if script.__name__ == "mvp_online":  # its Q has bumps over the actions: the mean is judged
@@ -120,7 +123,10 @@ def assert_finds_the_optimum(script, run, **changes):
 
 
 def test_reward_depends_on_both(script, run):
-    agent, args = trained(script, run, "Both", total_timesteps=3200, reward_scale=2.0)
+    changes = {"total_timesteps": 3200, "reward_scale": 2.0}
+    if script.__name__ == "mvp_online":
+        changes["noise_scale"] = 0.2  # without, it stops exploring at once: most seeds fail
+    agent, args = trained(script, run, "Both", **changes)
     for obs in (-1, 1):
         actions = deployed_actions(script, agent, args, obs)
         assert actions.mean().item() == pytest.approx(0.5 * obs, abs=0.15)

@@ -89,6 +89,7 @@ def test_ctrl_c_reaches_the_workers_as_well_and_the_run_is_saved(script, tmp_pat
     assert load(run_dir)["global_step"] > 100
 
 
+@pytest.mark.slow
 @COMPILER
 @pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
 def test_ctrl_c_spares_the_compiler_and_the_run_is_saved(script, tmp_path):

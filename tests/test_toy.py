@@ -29,6 +29,7 @@ def samples():
     return sample
 
 
+@pytest.mark.slow
 def test_rectified_flow_needs_many_steps(samples):
     """FPMD-R: twenty Euler steps find all four points; one step collapses towards their mean.
 
@@ -40,6 +41,7 @@ def test_rectified_flow_needs_many_steps(samples):
     assert to_nearest_mode(collapsed)[0] > 0.5 and collapsed.std(0).max() < 0.25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 20])
 def test_meanflow_needs_one_step(samples, steps):
     """FPMD-M: one step finds all four points, and so do twenty of a twentieth each."""
