@@ -311,8 +311,7 @@ def mirror_descent_targets(
 ) -> tuple[Tensor, Tensor]:
     """What the policy imitates: actions (B, act_dim) and their weights w (B,).
 
-    Of max_pi E[Q] - lambda KL(pi || pi_old) the solution is pi_old exp(Q / lambda), and pi_old is
-    the policy as it is. At each state its best of N counts, with weights across the states.
+    Ideally of pi_old exp(Q / lambda), pi_old = policy: its best of N, weighted across states.
     """
     q = scores.amax(0)  # (B,)
     best = take(candidates, scores.argmax(0))  # (B, act_dim)

@@ -35,7 +35,7 @@ SHARED = [
     ([*MIRROR, "sac_online"], ["linear"]),
     (MIRROR, ["TIME_DIM", "MLP", "QNetwork", "TwinCritic", "take"]),
     (MIRROR, ["select_action", "critic_loss", "mirror_descent_targets", "update_critic"]),
-    (MIRROR, ["update_q_statistics", "policy_lr", "prepare_update", "update_alpha"]),
+    (MIRROR, ["update_q_statistics", "policy_lr_at", "prepare_update", "update_alpha"]),
     (MIRROR, ["follow_steps", "act_explore", "update"]),
     (
         FPMD,

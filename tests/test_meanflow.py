@@ -280,7 +280,7 @@ def test_average_velocity_of_a_gaussian_satisfies_the_identity(r, t):
 def test_weights_weigh_samples():
     """w = (1, 0) drops the second sample: a weight is no factor of the whole loss."""
     policy, (obs, actions, _, noise, r, t) = make_network().double(), flow_batch(batch=2)
-    actions = actions * torch.tensor([[1.0], [3.0]])  # two samples whose losses differ
+    actions = actions * torch.tensor([[1.0], [9.0]])  # two samples whose losses differ
     weights = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=f64)
     first, second, both = (
         fpmd.policy_loss(policy, obs, actions, w, noise, r, t).item() for w in weights
