@@ -9,6 +9,7 @@ and figures imports report's style. gpu.py stands on measure and starts programs
 
 import csv
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,3 +42,9 @@ def write_csv(rows: list[dict], output: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
     unfinished.replace(output)
+
+
+def commit() -> str:
+    """The checked-out commit, marked where the tree differs from it; empty without git."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()

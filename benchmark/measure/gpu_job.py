@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmark import ROOT
+from benchmark import ROOT, commit
 
 
 class Failed(Exception):
@@ -97,7 +97,5 @@ def origin(job: Job) -> dict:
     """Where and with what the numbers were made, as far as the piece `machine` got."""
     path = job.output / "machine.json"
     found = json.loads(path.read_text()).get("found", {}) if path.exists() else {}
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     device = found.get("card") or "a CPU"
-    return {"device": device, "torch": found.get("torch", ""), "commit": commit}
+    return {"device": device, "torch": found.get("torch", ""), "commit": commit()}

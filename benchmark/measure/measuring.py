@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import itertools
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -11,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from benchmark import RESULTS, ROOT, scripts
+from benchmark import RESULTS, commit, scripts
 
 COPIES = itertools.count()
 
@@ -35,10 +34,8 @@ def provenance(device: torch.device) -> dict:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
     names = [torch.cuda.get_device_name(device)] if device.type == "cuda" else names
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     row = {"device": (names or [sys.platform])[0], "threads": torch.get_num_threads()}
-    return row | {"torch": torch.__version__, "commit": commit}
+    return row | {"torch": torch.__version__, "commit": commit()}
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
