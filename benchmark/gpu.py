@@ -24,9 +24,12 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root
+from benchmark.cli import Parser, folder, number, run, whole
+from benchmark.files import Refused, fail, read_json, write_text
 from benchmark.measure.gpu_job import Failed, Job
 from benchmark.measure.gpu_proofs import machine, tests
 from benchmark.measure.gpu_rates import latency, rates, speed
@@ -46,8 +49,10 @@ PIECES: list[tuple[str, str, Callable]] = [
 def run_piece(job: Job, name: str, function: Callable) -> dict:
     """Its JSON, which is on disk when this returns."""
     path, start = job.output / f"{name}.json", time.monotonic()
-    if path.exists() and json.loads(path.read_text())["status"] == "ok":
-        return json.loads(path.read_text()) | {"seconds": 0, "note": "done before"}
+    with suppress(Refused):  # missing, or torn when the machine was taken away
+        before = read_json(path)
+        if before.get("status") == "ok":
+            return before | {"seconds": 0, "note": "done before"}
     print(f"{name}: {job.left:.0f} s left", flush=True)
     result = {"status": "ok"}
     try:
@@ -56,8 +61,10 @@ def run_piece(job: Job, name: str, function: Callable) -> dict:
         result |= {"status": "failed", "why": str(error)}
     except Exception as error:  # whatever it is, the next piece has its turn
         result |= {"status": "failed", "why": f"{type(error).__name__}: {error}"}
+    finally:  # Ctrl-C does not reach what has a session of its own
+        job.end_all()
     result["seconds"] = round(time.monotonic() - start, 1)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write_text(path, json.dumps(result, indent=2) + "\n")
     print(f"  {name}: {result['status']} after {result['seconds']} s", flush=True)
     if "why" in result:
         print("\n".join(f"    {line}" for line in result["why"].splitlines()), flush=True)
@@ -65,36 +72,41 @@ def run_piece(job: Job, name: str, function: Callable) -> dict:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--minutes", type=float, default=9, help="for everything together")
-    parser.add_argument("--output", type=Path, required=True, help="folder, made if missing")
+    parser = Parser(__doc__)
+    text = "for everything together"
+    parser.add_argument("--minutes", type=number(0.01, 10**6), default=9, help=text)
+    parser.add_argument("--output", type=folder, required=True, help="folder, made if missing")
     several = {"nargs": "+", "choices": STAGES, "metavar": "STAGE"}
     text = f"of {', '.join(STAGES)}"
     parser.add_argument("--stages", **several, default=list(STAGES), help=text)
-    parser.add_argument("--only", nargs="+", metavar="PIECE", help="of the stages' pieces")
-    parser.add_argument("--steps", type=int, default=1_000_000, help="of a training run")
+    several = {"nargs": "+", "choices": [name for _, name, _ in PIECES], "metavar": "PIECE"}
+    text = f"of {', '.join(several['choices'])}"
+    parser.add_argument("--only", **several, default=several["choices"], help=text)
+    text = "of a training run"
+    parser.add_argument("--steps", type=whole(1, 10**12), default=1_000_000, help=text)
     text = "train so many even if they should not finish"
-    parser.add_argument("--at-least", type=int, default=0, metavar="RUNS", help=text)
+    limits = whole(0, 1000)
+    parser.add_argument("--at-least", type=limits, default=0, metavar="RUNS", help=text)
     parser.add_argument("--smoke", action="store_true", help="toy size, on a CPU")
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     options = parse()
+    pieces = [piece for piece in PIECES if piece[0] in options.stages and piece[1] in options.only]
+    if not pieces:
+        fail("none of --only is a piece of --stages")
     (options.output / "logs").mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * options.minutes
     job = Job(options.output, deadline, options.smoke, options.steps, options.at_least)
     results = {}
-    for stage, name, function in PIECES:
-        if stage in options.stages and (not options.only or name in options.only):
-            results[name] = run_piece(job, name, function)
+    for _, name, function in pieces:
+        results[name] = run_piece(job, name, function)
     print("\npiece      status    seconds")
     for name, result in results.items():
         print(f"{name:10s} {result['status']:9s} {result['seconds']:>7}")
-    sys.exit(any(result["status"] != "ok" for result in results.values()))
+    return int(any(result["status"] != "ok" for result in results.values()))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -6,19 +6,21 @@ import math
 import os
 import subprocess
 import sys
+from benchmark.files import Refused
+from benchmark.measure import precision, speed_cases, speed_end_to_end
+from benchmark.report import tables_speed
 
 import pytest
-from conftest import FLOWS, FPMD, ROOT
-
-from benchmark.measure import speed_cases, speed_end_to_end
-from benchmark.report import tables_speed
+import torch
+from conftest import COMPILER, FLOWS, FPMD, ROOT
 
 COLUMNS = "script,num_candidates,flow_steps,mode,precision,measurement,milliseconds,quartile_1,"
 COLUMNS += "quartile_3,multiply_adds,compulsory_megabytes,floor_ms,ratio_to_floor,peak_megabytes,"
 COLUMNS += "batch_size,repetitions,device,threads,torch,commit"
 
 
-PROGRAMS = [path for path in (ROOT / "benchmark").rglob("*.py") if "__main__" in path.read_text()]
+MAIN = 'if __name__ == "__main__"'
+PROGRAMS = [path for path in (ROOT / "benchmark").rglob("*.py") if MAIN in path.read_text()]
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=[path.stem for path in PROGRAMS])
@@ -105,6 +107,50 @@ def test_step_times_leave_out_what_comes_before_the_first_row(tmp_path):
     assert speed_end_to_end.step_times(tmp_path) == [0.01, 0.02]
 
 
+def test_rows_from_before_learning_have_no_pace(tmp_path):
+    """Their losses are empty, and a step costs next to nothing."""
+    text = "global_step,updates,wall_time,losses/critic_loss\n500,0,1.0,\n1000,0,2.0,\n"
+    (tmp_path / "metrics.csv").write_text(f"{text}1500,100,60.0,1\n2000,200,65.0,1\n2500,300,75")
+    assert speed_end_to_end.step_times(tmp_path) == [0.01]
+
+
+@COMPILER
+def test_what_is_timed_as_compiled_never_steps_aside(monkeypatch):
+    """Scripts go on eagerly where compiling fails; those updates must not be timed in its place."""
+    case = speed_cases.make_case("fpmd_online", (2, 1), "compiled", 16, torch.device("cpu"))
+    assert not isinstance(case.improve, case.module.OrEager)
+    assert "loss_fn" in case.improve.keywords
+
+    def compile(function, **how):
+        raise RuntimeError("no compiler here\nand more about it")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    speed_cases.refuse_without_compiler.cache_clear()
+    with pytest.raises(Refused, match=r"choose --modes eager: no compiler here$"):
+        speed_cases.make_case("fpmd_online", (2, 1), "compiled", 16, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("script", ["fpmd_online", "dpmd_online"], indirect=True)
+def test_precision_of_a_run(run):
+    """Rows of one checkpoint: shares are shares, and bfloat16 does move the actions, a little."""
+    run_dir = run(env_id="Hopper-v4", total_timesteps=150)
+    generation, *ranking = precision.measure(str(run_dir))
+    assert [row["what"] for row in ranking][::2] == ["ranking", "ranking, head"]
+    for row in generation, *ranking:
+        assert row["global_step"] == 150 and 0.5 < row["agreement"] <= 1 and row["q_spread"] > 0
+        assert 0 <= row["q_loss"] < 0.1
+    assert 0 < generation["action_error"] < 0.05
+
+
+@pytest.mark.parametrize("name", ["fpmd_online", "sac_online"])
+def test_a_buffer_can_be_full_from_the_start(name):
+    module = speed_cases.load_script(name)
+    buffer = speed_end_to_end.full_buffer(module)(1000, 3, 2, torch.device("cpu"))
+    assert buffer.size == 1000
+    batch = buffer.sample(50, torch.Generator())
+    assert batch["obs"].shape == (50, 3) and batch["obs"].std() > 0.5
+
+
 def test_reference_policies(tmp_path):
     """Doing nothing on a pendulum that falls, and the same numbers again."""
     tables = []
@@ -128,9 +174,10 @@ def test_what_an_evaluation_costs_is_read_off_the_clock(tmp_path):
     versions = {"device": "a CPU", "threads": 1, "torch": "2.13.0", "commit": "0123456"}
     (run_dir / "args.json").write_text(json.dumps(args))
     (run_dir / "versions.json").write_text(json.dumps(versions))
-    clock, lines = 0.0, ["global_step,updates,wall_time"]
+    clock, lines = 0.0, ["global_step,updates,wall_time,losses/critic_loss"]
+    lines += [f"-{step},0,0.1," for step in range(12_000, 0, -1000)]  # before learning starts
     for step in range(1000, 13_000, 1000):
-        lines.append(f"{step},0,{clock}")
+        lines.append(f"{step},0,{clock},0.5")
         clock += {1000: 60, 5000: 5, 7000: 30, 10_000: 5}.get(step, 2)  # 7000: the machine paused
     (run_dir / "metrics.csv").write_text("\n".join(lines) + "\n")
     program, output = ROOT / "benchmark" / "measure" / "evaluation_cost.py", tmp_path / "cost.csv"

@@ -6,14 +6,13 @@ import math
 import shutil
 import subprocess
 import sys
+from benchmark.measure import latency
+from benchmark.report import campaign, intervals, tables_latency
+from benchmark.report.registry import registry
 
 import numpy as np
 import pytest
 from conftest import ROOT
-
-from benchmark.measure import latency
-from benchmark.report import campaign, intervals, tables_latency
-from benchmark.report.registry import registry
 
 TABLES = ["overview", "protocol", "tasks", "one-step", "standing", "differences", "across"]
 TABLES += ["improvement"]

@@ -3,16 +3,16 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from benchmark import gpu, scripts
+from benchmark.measure import gpu_rates, gpu_training
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
-
-from benchmark import gpu, scripts
-from benchmark.measure import gpu_rates, gpu_training
 
 
 @pytest.fixture
@@ -41,6 +41,27 @@ def test_a_piece_that_fails_is_recorded_and_done_again(job, capsys):
     assert bad["status"] == "failed" and bad["why"] == "RuntimeError: no capture here"
     assert good["status"] == "ok" and good["found"] == {"rows": 3}
     assert "no capture here" in capsys.readouterr().out
+
+
+def test_what_a_piece_leaves_running_ends_with_it(job):
+    """Halted processes too, also after Ctrl-C: they have sessions of their own."""
+    started = []
+
+    def piece(job):
+        started.append(job.start("left", ["-c", "import time; time.sleep(60)"]))
+        started[-1].send_signal(signal.SIGSTOP)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run_piece(job, "piece", piece)
+    assert started[0].poll() == -signal.SIGKILL
+
+
+def test_a_torn_record_is_no_success(job):
+    for text in "", '{"status": "o', "[]", '{"found": 1}':
+        (job.output / "good.json").write_text(text)
+        assert gpu.run_piece(job, "good", lambda job: 3)["found"] == 3
+    assert json.loads((job.output / "good.json").read_text())["status"] == "ok"
 
 
 def test_a_process_that_outlasts_its_limit_is_ended_with_its_children(job):

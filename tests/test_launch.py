@@ -17,14 +17,14 @@ import sys
 import time
 import tomllib
 from argparse import Namespace
+from benchmark.launch.engines import Ray
+from benchmark.launch.jobs import Job, read_rows
+from benchmark.launch.progress import View, look
 
 import pytest
 from conftest import ROOT, SMALL, as_flags
 
-from benchmark.launch.engines import Ray
-from benchmark.launch.jobs import Job, read_rows
-from benchmark.launch.progress import View
-
+SCRIPTS = 'scripts = ["fake_online"]\n'
 SLOW = "--step-seconds 0.02"  # 100 steps in two seconds, a checkpoint every 10
 FIELDS = "algorithm env_id seed global_step updates wall_time mode return_mean flags utd "
 FIELDS += "total_timesteps python torch gymnasium mujoco device threads commit"
@@ -35,7 +35,8 @@ def root(tmp_path):
     """A checkout with the launcher and scripts that take no time."""
     programs = tmp_path / "benchmark"
     shutil.copytree(ROOT / "benchmark" / "launch", programs / "launch")
-    shutil.copy(ROOT / "benchmark" / "__init__.py", programs)
+    for path in (ROOT / "benchmark").glob("*.py"):
+        shutil.copy(path, programs)
     (tmp_path / "baselines").mkdir()
     shutil.copy(ROOT / "tests" / "fake_online.py", tmp_path)
     shutil.copy(ROOT / "tests" / "fake_online.py", tmp_path / "baselines" / "other_online.py")
@@ -230,6 +231,7 @@ def test_campaigns_of_the_repository(path, tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     size = len(campaign["scripts"]) * len(campaign["envs"]) * len(campaign["seeds"])
+    size *= len(campaign.get("variants", {"": ""}))
     assert len(result.stdout.splitlines()) == size
 
 
@@ -262,10 +264,38 @@ def test_campaigns_of_the_repository(path, tmp_path):
         ("--variant a= --variant b=--utd=1", "variant 'b' repeats 'a' for fake_online"),
         ("--envs NoSuch-v4 --name try --scripts fake_online", "cannot make 'NoSuch-v4'"),
         ("--workers-per-gpu 1", "finds no GPU"),
+        ("--seeds 9223372036854775808", "must be at most 9223372036854775807"),
+        ("--seeds 1.5", "invalid int value: '1.5'"),
+        ("--seeds nan", "invalid int value: 'nan'"),
+        ("--threads 1000000000", "--threads 1000000000 must be at most 1024"),
+        ("--workers-per-gpu -1", "must be 0 or more"),
+        ("--max-restarts -1", "must be 0 or more"),
+        ("--variant a", "--variant 'a' is not NAME=FLAGS"),
+        ("--variant =--utd=1", "is not NAME=FLAGS"),
+        ("--variant a= --variant a=--utd=2", "--variant a is given twice"),
+        ("--runs-dir @", "--runs-dir is empty"),
+        ("--output @", "--output is empty"),
+        ("--output baselines", "baselines is a folder"),
+        ("--output typo.toml/x.csv", "typo.toml: Not a directory"),
+        ("--output pipe", "pipe is no ordinary file"),
+        ("--runs-dir typo.toml", "typo.toml: Not a directory"),
+        ("--runs-dir /proc/x", "/proc"),
+        ("--name @", "--name is empty"),
+        ("--name ../x --scripts fake_online --envs Ant-v4 --seeds 1", "must be a plain file name"),
+        ("--name try --scripts fake_online --envs @", "take no empty names"),
+        ("--name try --scripts @ --envs Ant-v4", "take no empty names"),
+        ("@", "argument campaign: is empty"),
+        ("--start", "unrecognized arguments: --start"),
+        ("--nonsense", "unrecognized arguments: --nonsense"),
+        ("bytes.toml", "bytes.toml is no text"),
+        ("folder.toml", "folder.toml: Is a directory"),
+        ("deep.toml", "deep.toml: "),
+        ("null.toml", "null byte"),
     ],
+    ids=lambda text: text[:40],
 )
 def test_bad_input_is_refused_before_anything_starts(root, launch, flags, message):
-    """Exit status 2, one line of ours (argparse adds its usage), no job folder."""
+    """Exit status 2, one line, no job folder."""
     (root / "broken.toml").write_text("seeds")
     (root / "typo.toml").write_text("seed = [1]")
     (root / "kind.toml").write_text('seeds = ["1"]')
@@ -273,11 +303,18 @@ def test_bad_input_is_refused_before_anything_starts(root, launch, flags, messag
     (root / "empty.toml").write_text("")
     if "needs name" in message:
         flags += " --output x.csv"
-    result = launch(*flags.split(), env={"CUDA_VISIBLE_DEVICES": ""})
-    assert result.status == 2 and message in " ".join(result.err.split())
-    lines = [line for line in result.err.splitlines() if "error" in line]
-    assert len(lines) == 1 and lines[0].startswith("launch.py: error: ")
-    assert not (root / "runs").exists()
+    (root / "bytes.toml").write_bytes(b"seeds = [1]\xff")
+    (root / "null.toml").write_text(
+        'output = "a\\u0000b"\nenvs = ["Ant-v4"]\nseeds = [1]\n' + SCRIPTS
+    )
+    (root / "deep.toml").write_text("seeds = " + "[" * 5000)
+    (root / "folder.toml").mkdir()
+    os.mkfifo(root / "pipe")
+    words = [word.replace("@", "") for word in flags.split()]  # @ alone: an empty word
+    result = launch(*words, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert result.status == 2 and message in result.err
+    assert result.err.count("\n") == 1 and result.err.startswith("launch.py: error: ")
+    assert not (root / "runs").exists() and not result.out
 
 
 def test_another_setting_is_another_job(root, launch):
@@ -348,7 +385,10 @@ def test_refused_input_is_not_tried_again(root, launch):
     )
     script.write_text(text.replace('Args(**json.loads(saved)["args"])', "default"))
     result = launch("--flags=--total-timesteps 40")
-    assert result.status == 1 and "died, exit status 2; given up (death 1)" in result.out
+    assert (
+        result.status == 1
+        and "exit status 2, fake_online.py: error: no; given up (death 1)" in result.out
+    )
     assert "fake_online.py: error: no" in result.err
 
 
@@ -466,6 +506,86 @@ def test_exit_status_0_is_not_believed_blindly(root, launch):
     assert result.status == 1 and "exit status 0 before its last step; given up" in result.out
 
 
+# ---------------------------------------------------------------------------- evaluations
+
+
+def test_an_evaluation_that_a_stop_cut_off_is_made_up_for(root, launch):
+    """The last step is done and saved, one of its two modes is not on record."""
+    result = launch("--flags=--misbehave='stopped evaluating 100'")
+    assert result.status == 0, result.err
+    assert "exit status 0 before its last evaluation, best_of_n; trying again" in result.out
+    assert evaluations(results(root)) == expected()
+    assert "--resume" in attempts(only(jobs(root)))[1]
+
+
+def test_done_is_not_believed_without_the_last_evaluation(root, launch):
+    """As an older launcher has left it."""
+    assert launch().status == 0
+    path = run_dir(only(jobs(root))) / "evaluations.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert launch("--dry-run").out.startswith("python ")
+    assert launch().status == 0
+    assert evaluations(results(root)) == expected()
+
+
+def test_a_script_that_never_evaluates_its_last_step_is_given_up(root, launch):
+    script = root / "fake_online.py"
+    text = script.read_text().replace("MODES = {", 'MODES = {"third": 0, ')
+    script.write_text(text.replace("for mode in MODES", "for mode in list(MODES)[1:]"))
+    result = launch("--max-restarts", "1")
+    assert result.status == 1 and result.out.count("before its last evaluation, third") == 2
+    assert evaluations(results(root)) == expected()
+
+
+def test_without_evaluations_the_last_step_is_enough(root, launch):
+    result = launch("--flags=--eval-every 0")
+    assert result.status == 0 and result.out.splitlines()[-1] == "no evaluations"
+
+
+def test_the_last_line_says_how_to_draw(root, launch):
+    result = launch()
+    path = root / "benchmark" / "results" / "campaign_try.csv"
+    last = f"python benchmark/report/plot.py {path} --output campaign_try.png"
+    assert result.out.splitlines()[-1] == last
+
+
+def test_a_torn_run_is_left_out_with_a_line(root, launch):
+    """The other jobs' evaluations are in the CSV; the status says that not all are."""
+    assert launch("--seeds", "1", "2").status == 0
+    (run_dir(jobs(root)[0]) / "args.json").write_text('{"seed"')
+    result = launch("--seeds", "1", "2")
+    assert result.status == 1 and evaluations(results(root)) == expected(2)
+    assert result.err.count("\n") == 1 and "args.json is torn or no JSON" in result.err
+
+
+def test_a_closed_pipe_saves_the_jobs(root, launch):
+    """launch.py | head -1: no traceback, and nothing is lost."""
+    process = launch(f"--flags={SLOW} --checkpoint-every 1000", wait=False)
+    job = wait_for(lambda: only(jobs(root)) if jobs(root) else None)
+    wait_for(lambda: step(job) >= 15)
+    process.stdout.close()
+    os.kill(running(job), signal.SIGKILL)  # which the launcher wants to tell
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+    assert process.stderr.read() == ""
+    process.stdout = process.stderr = None  # what the fixture reads
+    assert launch(f"--flags={SLOW}").status == 0
+    assert evaluations(results(root)) == expected()
+
+
+def test_what_may_change_is_the_scripts_own_word(root, launch):
+    assert launch("--flags=--utd 0.5").status == 0 and len(jobs(root)) == 1
+    script = root / "fake_online.py"
+    script.write_text(script.read_text().replace('MAY_CHANGE = {"resume",', 'MAY_CHANGE = {"utd",'))
+    assert launch().status == 0 and len(jobs(root)) == 2
+    assert launch("--flags=--utd 0.7").status == 0 and len(jobs(root)) == 2
+
+
+def test_more_workers_than_jobs_are_none(root, launch):
+    """A billion places would fill the memory."""
+    assert launch("--workers", "1000000000", "--seeds", "1", "1").status == 0
+    assert len(jobs(root)) == 1
+
+
 # ---------------------------------------------------------------------------- where jobs run
 
 
@@ -538,6 +658,44 @@ def test_time_left(tmp_path):
     assert "60.0% of 4,000 steps; about 1 h 7 min left" in view.summary()
     job[2].last["pace"] = 0.1
     assert "about 17 min left" in view.summary()  # no shorter than the longest job
+
+
+def test_the_pace_is_that_of_learning(tmp_path):
+    """1,000 steps take 1 s before learning starts and 10 s after; losses are empty before."""
+    run_dir = tmp_path / "Ant-v4__a__0__now"
+    run_dir.mkdir()
+    lines = ["global_step,updates,wall_time,losses/critic_loss"]
+    lines += [f"{1000 * i},0,{i}," for i in range(1, 6)]
+    lines += [f"{1000 * i},{i},{5 + 10 * (i - 5)},0.5" for i in range(6, 9)]
+    (run_dir / "metrics.csv").write_text("\n".join(lines) + "\n")
+    job = Job(ROOT / "a.py", "Ant-v4", 0, "", [], {"total_timesteps": 10_000}, tmp_path)
+    assert look(job) == {"step": 8000, "pace": 0.01, "score": ""}
+    (run_dir / "metrics.csv").write_text("\n".join(lines[:4]) + "\n")
+    assert look(job) == {"step": 3000, "pace": None, "score": ""}
+    (run_dir / "metrics.csv").write_text("not,ours\n1,2\n")
+    assert look(job)["step"] == 0
+
+
+def test_a_job_on_a_dataset(tmp_path, monkeypatch):
+    """Its steps are those of both phases; a relative path holds in its folder, too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "own.npz").write_text("arrays")
+    args = {"offline_steps": 200, "total_timesteps": 100, "dataset": "data/own.npz"}
+    job = Job(ROOT / "mvp_offline_to_online.py", "Ant-v4", 1, "", [], args, tmp_path / "job")
+    assert job.steps == 300
+    for _ in range(2):  # a second launcher finds the first one's link
+        job.link_dataset()
+        assert (job.dir / "data" / "own.npz").read_text() == "arrays"
+    run_dir = job.dir / "Ant-v4__mvp_offline_to_online__1__now"
+    run_dir.mkdir()
+    (run_dir / "checkpoint.pt").touch()
+    for step, done in (299, False), (300, True):
+        (run_dir / "metrics.csv").write_text(f"global_step\n100\n{step}\n")
+        assert (not job.finish()) == done == job.finished()
+    job.args |= {"dataset": "cube-double-play-singletask-task2-v0"}  # to download: nothing to link
+    job.link_dataset()
+    assert {path.name for path in job.dir.iterdir()} == {"data", "done.json", run_dir.name}
 
 
 def test_rows_of_a_growing_file(tmp_path):

@@ -5,16 +5,16 @@ import json
 import shutil
 import subprocess
 import sys
+from benchmark.runs import defaults
 from pathlib import Path
 
 import pytest
-
-from benchmark.launch.collect import defaults
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "gymnasium": "1.4.0", "mujoco": "3.17.0"}
 VERSIONS |= {"numpy": "2.4.6", "commit": "0123456789abcdef", "device": "a CPU", "threads": 2}
 HEAD = "global_step,updates,wall_time,mode,nfe,num_candidates,return_mean,return_std,success_rate,"
+HEAD += "episodes_cut,"
 
 
 def program(root, name, *arguments):
@@ -59,7 +59,7 @@ def write_run(root, env_id, seed, one_step, best_of_n, **changed):
     text = HEAD + "returns\n"
     for i, (single, best) in enumerate(zip(one_step, best_of_n, strict=True), 1):
         for mode, nfe, n, value in ("one_step", 1, 1, single), ("best_of_n", 4, 8, best):
-            text += f"{1000 * i},{200 * i},{1800.0 * i},{mode},{nfe},{n},{value},1.0,,"
+            text += f"{1000 * i},{200 * i},{1800.0 * i},{mode},{nfe},{n},{value},1.0,,0,"
             text += f"{value - 1:.4f} {value + 1:.4f}\n"
     (run_dir / "evaluations.csv").write_text(text)
     return run_dir
@@ -101,6 +101,28 @@ def test_unknown_and_unclosed_tables_are_refused(copy):
     assert "nonsense" in program(copy, "report/report.py", "--tables").stderr
     page.write_text("<!-- table:published -->\nno end\n")
     assert "no <!-- /table -->" in program(copy, "report/report.py", "--tables").stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is empty"),
+        ("env_id,policy\n", "holds no rows"),
+        ("env_id,policy\nAnt-v4,random\n", "cannot make reference-policies: KeyError"),
+        ("env_id,policy\nAnt-v4\n", "not as many cells as columns"),
+        ("env_id,env_id\na,b\n", "has the column env_id twice"),
+        (None, "No such file"),
+    ],
+)
+def test_a_table_without_its_numbers_is_one_line(copy, text, said):
+    """Status 2, the CSV named, the page as it was."""
+    page, source = copy / "docs" / "page.md", copy / "benchmark/results/reference_policies.csv"
+    page.write_text("<!-- table:reference-policies -->\n<!-- /table -->\n")
+    source.unlink() if text is None else source.write_text(text)
+    result = program(copy, "report/report.py", "--tables")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert "reference_policies.csv" in result.stderr and said in result.stderr
+    assert page.read_text() == "<!-- table:reference-policies -->\n<!-- /table -->\n"
 
 
 @pytest.mark.parametrize("folder, prefix", [("docs", ""), ("docs/campaigns", "../")])
@@ -152,7 +174,7 @@ def test_code_that_is_not_there_is_refused(copy, name):
     page.write_text(f"<!-- code:{name} -->\n<!-- /code -->\n")
     result = program(copy, "report/report.py", "--tables")
     script, function = name.split(".")
-    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert f"no function {function} in {script}.py" in result.stderr
     page.write_text(f"<!-- code:{name} -->\nno end\n")
     assert "no <!-- /code -->" in program(copy, "report/report.py", "--tables").stderr
@@ -273,7 +295,8 @@ def test_runs_become_tidy_rows(tmp_path):
         "algorithm": "fpmd_online", "env_id": "Walker2d-v4", "seed": "2",
         "global_step": "2000", "updates": "400", "wall_time": "3600.0",
         "mode": "best_of_n", "nfe": "4", "num_candidates": "8",
-        "return_mean": "4", "return_std": "1.0", "success_rate": "", "returns": "3.0000 5.0000",
+        "return_mean": "4", "return_std": "1.0", "success_rate": "", "episodes_cut": "0",
+        "returns": "3.0000 5.0000",
         "flags": rows[4]["flags"], "utd": "0.2", "total_timesteps": "2000",
         "python": "3.11.7", "torch": "2.13.0", "gymnasium": "1.4.0", "mujoco": "3.17.0",
         "device": "a CPU", "threads": "2", "commit": "0123456789abcdef",
@@ -283,7 +306,7 @@ def test_runs_become_tidy_rows(tmp_path):
 def test_the_same_experiment_twice_is_refused(tmp_path):
     runs = [write_run(tmp_path / name, "Ant-v4", 1, [1], [2]) for name in ("first", "second")]
     result = program(ROOT, "launch/collect.py", *runs, "--output", tmp_path / "out.csv")
-    assert result.returncode == 1 and "repeats" in result.stderr
+    assert result.returncode == 2 and "repeats" in result.stderr
 
 
 def test_csvs_of_several_machines_become_one(tmp_path):
@@ -301,9 +324,9 @@ def test_csvs_of_several_machines_become_one(tmp_path):
     assert result.returncode == 0 and here.read_bytes() == whole.read_bytes()
 
     result = program(ROOT, "launch/collect.py", here, there, "--output", merged)
-    assert result.returncode == 1 and "repeats" in result.stderr
+    assert result.returncode == 2 and "repeats" in result.stderr
     (tmp_path / "other.csv").write_text("global_step,updates\n1,2\n")
     for wrong in "other.csv", "none.csv":
         result = program(ROOT, "launch/collect.py", tmp_path / wrong, here, "--output", merged)
-        assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
         assert wrong in result.stderr and merged.read_bytes() == whole.read_bytes()

@@ -10,21 +10,22 @@ on one core; needs matplotlib (benchmark/requirements.txt).
     python benchmark/figures/constraint.py --redraw  # errors from the CSV
 """
 
-import argparse
-import csv
 import math
 import statistics
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
+from benchmark import ROOT
+from benchmark.cli import Parser, folder, run, whole
+from benchmark.files import check_output, fail, read_table, write_csv
+from benchmark.report import style
 
 import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
-from benchmark import ROOT, write_csv
-from benchmark.report import style
 from mvp_online import MeanVelocityField, generate, policy_loss
 
 BLUE, ORANGE = style.FIRST, style.SECOND
@@ -147,16 +148,29 @@ def values_of(rows: list[dict], key: str, ivc_coef: float) -> list[float]:
     return [float(row[key]) for row in rows if float(row["ivc_coef"]) == ivc_coef]
 
 
+def read_errors(path: Path) -> list[dict]:
+    """What an earlier run has measured, of every lambda."""
+    rows = read_table(path, numbers=["ivc_coef", *ERRORS])
+    for ivc_coef in LAMBDAS:
+        if not values_of(rows, next(iter(ERRORS)), ivc_coef):
+            fail(f"{path} has no errors for lambda {ivc_coef:g}")
+    return rows
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--redraw", action="store_true", help="take the errors from the CSV")
-    parser.add_argument("--updates", type=int, default=UPDATES, help="per policy")
-    parser.add_argument("--output", type=Path, default=ROOT, help="folder of benchmark/ and docs/")
+    parser.add_argument("--updates", type=whole(1, 10**9), default=UPDATES, help="per policy")
+    text = "folder of benchmark/ and docs/"
+    parser.add_argument("--output", type=folder, default=str(ROOT), help=text)
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = args.output / "benchmark" / "results" / "constraint.csv"
+    picture = args.output / "docs" / "figures" / "constraint.png"
+    check_output(picture)
+    stored = read_errors(results) if args.redraw else []
+    if not args.redraw:
+        check_output(results)
     policies, rows = {}, []
     for ivc_coef in LAMBDAS:
         for seed in list(SEEDS)[:1] if args.redraw else SEEDS:
@@ -166,8 +180,7 @@ def main() -> None:
             rows.append({key: round(value, 5) for key, value in row.items()})
             print(rows[-1], flush=True)
     if args.redraw:
-        with results.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = stored
     else:
         write_csv(rows, results)
         print(f"wrote {results}")
@@ -175,9 +188,8 @@ def main() -> None:
     draw_flow(left)
     draw_boundary(middle, {key: policies[key] for key in (0.0, 1.0)})
     draw_errors(right, rows)
-    picture = args.output / "docs" / "figures" / "constraint.png"
     style.save(figure, picture)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

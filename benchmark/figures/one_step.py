@@ -9,17 +9,18 @@ deviation of the target. Needs matplotlib (benchmark/requirements.txt).
     python benchmark/figures/one_step.py
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
+from benchmark import FIGURES
+from benchmark.cli import Parser, output, run, whole
+from benchmark.report import style
+
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
-from benchmark import FIGURES
-from benchmark.report import style
 from fpmd_online import Args, VelocityField, generate, policy_loss
 
 MODES = torch.tensor([[-0.5, -0.5], [-0.5, 0.5], [0.5, -0.5], [0.5, 0.5]])
@@ -112,13 +113,12 @@ def draw_error(panel, errors: dict[float, float], modes_error: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default = FIGURES / "one_step.png"
-    parser.add_argument("--output", type=Path, default=default, help="picture to write")
-    parser.add_argument("--steps", type=int, default=4000, help="training steps per target")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
+    parser = Parser(__doc__)
+    default, text = str(FIGURES / "one_step.png"), "picture to write"
+    parser.add_argument("--output", type=output(*style.SUFFIXES), default=default, help=text)
+    text = "training steps per target"
+    parser.add_argument("--steps", type=whole(1, 10**9), default=4000, help=text)
+    parser.add_argument("--threads", type=whole(1, 1024), default=1, help="CPU threads of torch")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     early = train(MODES, MODE_STD, args.steps)
@@ -145,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -20,9 +20,6 @@ A policy of an intermediate step is what a run with that --total-timesteps ends 
     python fpmd_online.py --resume RUN --total-timesteps 3000
 """
 
-import argparse
-import csv
-import json
 import shutil
 import subprocess
 import sys
@@ -30,16 +27,19 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
+from benchmark import FIGURES, RESULTS
+from benchmark.cli import Parser, folder, output, run
+from benchmark.files import fail, read_json, read_table, whole_file, write_csv
+from benchmark.report import style
+from benchmark.runs import read_evaluations
 
 import torch
 from torch import Generator, Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
 import fpmd_meanflow_online
 import fpmd_online
-from benchmark import FIGURES, RESULTS, write_csv
-from benchmark.report import style
 
 ENV_ID, SEED = "Reacher-v4", 1
 STEPS = 2_000, 3_000, 5_000, 8_000, 13_000, 20_000, 40_000  # when policies are put aside
@@ -53,10 +53,6 @@ EPISODES, EPISODE_STEPS, RESET_SEED = 4, 50, 0  # 200 observations; no run of SE
 NOISES, FLOW_STEPS, FINE = 50, (1, 2, 3, 5, 10, 20, 50), 200
 DRAWN_STEP, DRAWN_NOISES = 10, 20  # of the first episode; per panel
 CSV = RESULTS / "one_step_error.csv"
-
-
-def fail(message: str) -> NoReturn:
-    sys.exit(f"{Path(__file__).name}: error: {message}")
 
 
 # ---------------------------------------------------------------------------- training
@@ -86,20 +82,33 @@ def train(folder: Path) -> None:
         command = [str(word) for word in command]
         print(" ".join(command), flush=True)
         if code := subprocess.run(command).returncode:
-            sys.exit(code)
+            raise RuntimeError(f"{script.__name__} ended with status {code}")
         source = find_run(folder, script) / "policy.pt"
-        if (got := torch.load(source, weights_only=True)["global_step"]) != step:
+        if (got := load(source)["global_step"]) != step:
             fail(f"{source} is of step {got}, too late for {file}: remove the run directory")
-        shutil.copy(source, file)
+        with source.open("rb") as policy, whole_file(file, "wb") as copy:
+            shutil.copyfileobj(policy, copy)
 
 
 # ---------------------------------------------------------------------------- policies
+def load(file: Path) -> dict:
+    """What a script has saved as policy.pt."""
+    try:
+        saved = torch.load(file, weights_only=True)
+        needed = {"policy", "args", "global_step"}
+        if needed <= set(saved):
+            return saved
+    except Exception:  # torch raises many kinds for a damaged file
+        pass
+    fail(f"{file} is missing, damaged or no policy.pt")
+
+
 def load_policy(folder: Path, script: ModuleType, step: int) -> tuple[nn.Module, float]:
     """A policy that train has put aside, and the scale of the noise it starts from."""
     file = policy_file(folder, script, step)
     if not file.exists():
         fail(f"{file} is missing; --train {folder} makes it")
-    saved, env = torch.load(file, weights_only=True), script.make_env(ENV_ID)
+    saved, env = load(file), script.make_env(ENV_ID)
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     agent = script.Agent(obs_dim, act_dim, script.Args(**saved["args"]), torch.device("cpu"))
     agent.acting_policy.load_state_dict(saved["policy"])
@@ -152,7 +161,7 @@ def measure(folder: Path, script: ModuleType, step: int) -> list[dict]:
     shape = NOISES, len(obs), policy.act_dim
     z = prior_std * torch.randn(shape, generator=Generator().manual_seed(RESET_SEED))
     run = {"algorithm": script.__name__, "env_id": ENV_ID, "seed": SEED, "global_step": step}
-    versions = json.loads((find_run(folder, script) / "versions.json").read_text())
+    versions = read_json(find_run(folder, script) / "versions.json", ["commit"])
     ways, rows = samplers(script), []
     references = {name: way(policy, obs, z, FINE) for name, way in ways.items()}
     for (sampler, way), flow_steps in product(ways.items(), FLOW_STEPS):
@@ -178,8 +187,8 @@ def read(path: Path) -> list[dict]:
     """What write wrote, numbers as numbers."""
     if not path.exists():
         fail(f"{path} is missing; --train FOLDER makes it")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    needed = "algorithm", "sampler", "reference"
+    rows = read_table(path, needed, ["global_step", "flow_steps", "error", "spread"])
     for row in rows:
         row |= {key: int(row[key]) for key in ("global_step", "flow_steps")}
         row |= {key: float(row[key]) for key in ("error", "spread")}
@@ -188,11 +197,13 @@ def read(path: Path) -> list[dict]:
 
 def one_step_return(folder: Path, script: ModuleType, step: int) -> float:
     """Mean over the 10 episodes that the script evaluated at that step."""
-    with (find_run(folder, script) / "evaluations.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            if row["mode"] == "one_step" and int(row["global_step"]) == step:
-                return float(row["return_mean"])
-    fail(f"{file.name} has no evaluation of step {step}")
+    run_dir = find_run(folder, script)
+    if run_dir is None:
+        fail(f"{folder} has no run of {script.__name__}")
+    for row in read_evaluations(run_dir):
+        if row["mode"] == "one_step" and int(row["global_step"]) == step:
+            return float(row["return_mean"])
+    fail(f"{run_dir} has no evaluation of step {step}")
 
 
 # ---------------------------------------------------------------------------- drawing
@@ -286,15 +297,13 @@ def draw(folder: Path, rows: list[dict], output: Path) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--train", type=Path, metavar="FOLDER", help="train, measure and draw")
+    where.add_argument("--train", type=folder, metavar="FOLDER", help="train, measure and draw")
     where.add_argument("--policies", type=Path, metavar="FOLDER", help="draw, from --csv")
-    default = FIGURES / "trajectories.png"
-    parser.add_argument("--output", type=Path, default=default, help="picture to write")
-    parser.add_argument("--csv", type=Path, default=CSV, help="the measurements")
+    default, text = str(FIGURES / "trajectories.png"), "picture to write"
+    parser.add_argument("--output", type=output(*style.SUFFIXES), default=default, help=text)
+    parser.add_argument("--csv", type=output(), default=str(CSV), help="the measurements")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.train:
@@ -305,4 +314,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

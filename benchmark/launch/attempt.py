@@ -10,12 +10,11 @@ import socket
 import subprocess
 import sys
 import time
+from benchmark.files import fail
+from benchmark.launch.jobs import run_dirs
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
-
-from benchmark.launch.campaign import fail
-from benchmark.launch.jobs import run_dirs
 
 LAUNCHER = str(Path(__file__).resolve().with_name("launch.py"))
 HELD = 75  # exit status of an attempt at a job that another process is running, EX_TEMPFAIL

@@ -3,19 +3,21 @@
 import argparse
 import difflib
 import re
-import sys
 import tomllib
+from benchmark import RESULTS
+from benchmark.cli import Parser, text
+from benchmark.files import check_folder, check_output, fail, read_text
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Any, get_args, get_origin
 
-from benchmark import RESULTS
-
-
-def fail(message: str) -> NoReturn:
-    """Refuse bad input: one line on stderr, exit status 2."""
-    print(f"launch.py: error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
+LIMITS = {  # least and most; the scripts draw seeds from twice theirs, in 64 bits
+    "seeds": (0, 2**63 - 1),
+    "workers": (0, 10**9),
+    "threads": (1, 1024),
+    "workers_per_gpu": (0, 1024),
+    "max_restarts": (0, 10**9),
+}
 
 
 @dataclass
@@ -44,23 +46,29 @@ class Campaign:
         return Path(self.output or RESULTS / f"campaign_{self.name}.csv")
 
     def check(self) -> None:
-        """Refuse what no job could be made of."""
+        """Refuse what no job could be made of, and places where nothing can be written."""
         for key in "name", "scripts", "envs", "seeds", "variants":
             if not getattr(self, key):
                 fail(f"a campaign needs {key}: give --{key} or a campaign file that has it")
-        if not re.fullmatch(r"\w[\w.-]*", self.name):
-            fail(f"--name {self.name} must be a plain file name")
-        least = {"workers": 0, "threads": 1, "workers_per_gpu": 0, "max_restarts": 0}
-        for key, low in least.items():
-            if getattr(self, key) < low:
-                flag = key.replace("_", "-")
-                fail(f"--{flag} {getattr(self, key)} must be {low} or more")
+        if not re.fullmatch(r"\w[\w.-]{,99}", self.name):
+            fail(f"--name {self.name[:200]} must be a plain file name of at most 100 characters")
+        for name in *self.scripts, *self.envs:
+            if not name.strip():
+                fail("--scripts and --envs take no empty names")
+        for key, (low, high) in LIMITS.items():
+            value = getattr(self, key)
+            for number in value if isinstance(value, list) else [value]:
+                if not low <= number <= high:
+                    limit = f"{low} or more" if number < low else f"at most {high}"
+                    fail(f"--{key.replace('_', '-')} {number} must be {limit}")
         if self.engine not in ("local", "ray"):
             fail(f"engine {self.engine!r} is neither local nor ray")
         if self.ray_address and self.engine != "ray":
             fail("--ray-address wants --engine ray")
-        if min(self.seeds) < 0:
-            fail(f"--seeds {min(self.seeds)} must be 0 or more")
+        if not self.runs_dir.strip():
+            fail("--runs-dir is empty")
+        check_output(self.csv)
+        check_folder(Path(self.runs_dir, self.name))
 
 
 def fits(value: Any, kind: type) -> bool:
@@ -76,11 +84,11 @@ def fits(value: Any, kind: type) -> bool:
 
 def read_campaign(path: Path) -> dict[str, Any]:
     """A campaign file as {field of Campaign: value}, each of the right kind."""
-    try:
-        content = tomllib.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         fail(f"there is no campaign file {path}")
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    try:
+        content = tomllib.loads(read_text(path))
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError is one, too long a number too
         fail(f"{path}: {error}")
     kinds = {f.name.replace("_", "-"): f for f in fields(Campaign) if f.name != "typed_flags"}
     found = {"name": path.stem}
@@ -91,20 +99,30 @@ def read_campaign(path: Path) -> dict[str, Any]:
         if key == "scripts" and fits(value, list[str]):  # none has flags of its own
             value = dict.fromkeys(value, "")
         if not fits(value, kinds[key].type):
-            fail(f"{path}: {key} = {value!r} is not of the kind that docs/results.md describes")
+            fail(f"{path}: {key} = {value!r} is not of the kind that docs/launcher.md describes")
         found[kinds[key].name] = value
+    return found
+
+
+def read_variants(typed: list[str]) -> dict[str, str]:
+    """NAME=FLAGS as {name: flags}."""
+    found = {}
+    for word in typed:
+        name, sign, flags = word.partition("=")
+        if not sign or not re.fullmatch(r"\w[\w.-]*", name):
+            fail(f"--variant {word!r} is not NAME=FLAGS")
+        if name in found:
+            fail(f"--variant {name} is given twice")
+        found[name] = flags
     return found
 
 
 def read_command_line(description: str, argv: list[str] | None = None) -> tuple[Campaign, bool]:
     """The command line on top of the campaign file on top of the defaults; and --dry-run."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # only what is typed overrides the file
-    )
+    # only what is typed overrides the file
+    parser = Parser(description, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
-    add("campaign", nargs="?", type=Path, default=None, help="a file of benchmark/launch/campaigns")
+    add("campaign", nargs="?", type=text, default=None, help="a file of benchmark/launch/campaigns")
     add("--name", help="of the job folders' parent and of the CSV (default: the file's name)")
     add("--scripts", nargs="+", metavar="SCRIPT", help="mvp_online, baselines/sac_online, ...")
     add("--envs", nargs="+", metavar="ENV_ID")
@@ -122,11 +140,14 @@ def read_command_line(description: str, argv: list[str] | None = None) -> tuple[
     add("--dry-run", action="store_true", default=False, help="print the commands, run nothing")
     typed = vars(parser.parse_args(argv))
     path, dry_run = typed.pop("campaign"), typed.pop("dry_run")
-    file = read_campaign(path) if path else {}
+    for key, value in typed.items():
+        if value == "" and key != "flags":  # an unset variable of the shell
+            fail(f"--{key.replace('_', '-')} is empty")
+    file = read_campaign(Path(path)) if path else {}
     if "flags" in typed:
         typed["typed_flags"] = typed.pop("flags")
     if "variant" in typed:
-        typed["variants"] = dict(text.partition("=")[::2] for text in typed.pop("variant"))
+        typed["variants"] = read_variants(typed.pop("variant"))
     flags = file.get("scripts", {})
     names = [name.removesuffix(".py") for name in typed.get("scripts", flags)]
     typed["scripts"] = {name: flags.get(name, "") for name in names}

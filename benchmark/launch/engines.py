@@ -5,21 +5,26 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
-from pathlib import Path
-
+from benchmark.cli import say
+from benchmark.files import fail
 from benchmark.launch import attempt
 from benchmark.launch.attempt import ended, environment, spawn
-from benchmark.launch.campaign import Campaign, fail
+from benchmark.launch.campaign import Campaign
 from benchmark.launch.jobs import Job
+from pathlib import Path
+
+
+def cores() -> int:
+    """Those of this machine."""
+    return os.cpu_count() or 1
 
 
 class Local:
     """A fixed number of jobs at a time on this machine, the GPUs dealt out in turn."""
 
     def __init__(self, campaign: Campaign):
-        places = [{}] * (campaign.workers or max(1, (os.cpu_count() or 1) // campaign.threads))
+        places = [{}] * (campaign.workers or cores() // campaign.threads or 1)
         if campaign.workers_per_gpu:
             gpus = self.visible_gpus()
             if not gpus:
@@ -67,7 +72,7 @@ class Ray:
             fail("--engine ray needs Ray: pip install -r benchmark/requirements.txt")
         self.ray, self.campaign, self.tasks = ray, campaign, 0
         address = campaign.ray_address or os.environ.get("RAY_ADDRESS", "local")
-        cpus = (campaign.workers or max(1, os.cpu_count() // campaign.threads)) * campaign.threads
+        cpus = (campaign.workers or cores() // campaign.threads or 1) * campaign.threads
         own = {"num_cpus": cpus, "include_dashboard": False} if address == "local" else {}
         try:
             ray.init(address, log_to_driver=False, logging_level="error", **own)
@@ -76,7 +81,7 @@ class Ray:
         # rounded down, so that as many as asked for fit
         share = math.floor(1e4 / campaign.workers_per_gpu) / 1e4 if campaign.workers_per_gpu else 0
         if not self.places():
-            print("launch.py: the cluster cannot hold a single job so far", file=sys.stderr)
+            say("the cluster cannot hold a single job so far")
         env = environment(campaign.threads)
 
         # as its source: the cluster's machines need not find this module

@@ -3,8 +3,8 @@
 import shutil
 import sys
 import time
-
 from benchmark.launch.jobs import Job, read_rows
+from contextlib import suppress
 
 REPORT_EVERY = 60  # seconds between lines of progress where no terminal shows the table
 
@@ -13,15 +13,18 @@ def look(job: Job) -> dict:
     """How far a job is: steps, seconds per step of learning, its last evaluation."""
     now = {"step": 0, "pace": None, "score": ""}
     for run_dir in job.run_dirs()[-1:]:
-        if rows := read_rows(run_dir / "metrics.csv"):
-            step, begun = (int(row["global_step"]) for row in rows[::-1])
-            now["step"] = step
-            if step > begun:
+        with suppress(KeyError, ValueError):  # no CSV of ours: the job's end will tell
+            for row in read_rows(run_dir / "metrics.csv")[1:]:
+                now["step"] = int(row["global_step"])
+            # steps before learning cost next to nothing
+            rows = read_rows(run_dir / "metrics.csv", lambda row: int(row["updates"]) > 0)
+            if rows:
+                steps = now["step"] - int(rows[0]["global_step"])
                 seconds = float(rows[1]["wall_time"]) - float(rows[0]["wall_time"])
-                now["pace"] = seconds / (step - begun)
-        if rows := read_rows(run_dir / "evaluations.csv"):
-            now["score"] = f"{rows[1]['mode']} {float(rows[1]['return_mean']):,.1f}"
-            now["step"] = max(now["step"], int(rows[1]["global_step"]))
+                now["pace"] = seconds / steps if steps > 0 else None
+            for row in read_rows(run_dir / "evaluations.csv")[1:]:
+                now["score"] = f"{row['mode']} {float(row['return_mean']):,.1f}"
+                now["step"] = max(now["step"], int(row["global_step"]))
     return now
 
 
@@ -58,14 +61,14 @@ class View:
         paces += [[j.last.get("pace") for j in self.jobs]]
         known = [[pace for pace in group if pace] for group in paces]
         group = next((group for group in known if group), None)
-        steps = max(0, job.args["total_timesteps"] - job.last.get("step", 0))
+        steps = max(0, job.steps - job.last.get("step", 0))
         return steps * sum(group) / len(group) if group else None
 
     def summary(self) -> str:
         states = [job.state for job in self.jobs]
         counts = [f"{states.count(s)} {s}" for s in ("done", "running", "waiting", "failed")]
-        total = sum(job.args["total_timesteps"] for job in self.jobs)
-        steps = sum(min(j.last.get("step", 0), j.args["total_timesteps"]) for j in self.jobs)
+        total = sum(job.steps for job in self.jobs)
+        steps = sum(min(job.last.get("step", 0), job.steps) for job in self.jobs)
         left = [self.left(job) for job in self.jobs]
         eta = None
         if None not in left:
@@ -79,7 +82,7 @@ class View:
             if job.state != "running" and not job.deaths and not job.not_before:
                 continue  # those that wait or are done are only counted
             state = "elsewhere" if job.not_before and job.state == "waiting" else job.state
-            steps = f"{job.last.get('step', 0):,}/{job.args['total_timesteps']:,}"
+            steps = f"{job.last.get('step', 0):,}/{job.steps:,}"
             left = duration(self.left(job)) if job.state == "running" else ""
             rows.append((str(job), state, steps, job.last.get("score", ""), str(job.deaths), left))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

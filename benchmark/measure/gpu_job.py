@@ -1,17 +1,16 @@
 """What every piece of gpu.py needs: processes with time limits, MPS, the origin of numbers."""
 
 import contextlib
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
-from pathlib import Path
-
 from benchmark import ROOT, commit
+from benchmark.files import Refused, read_json
+from dataclasses import dataclass, field
+from pathlib import Path
 
 
 class Failed(Exception):
@@ -27,6 +26,7 @@ class Job:
     smoke: bool
     steps: int = 1_000_000  # of a training run
     at_least: int = 0  # runs to train, whether or not they can finish
+    processes: list[subprocess.Popen] = field(default_factory=list)  # all that were started
 
     @property
     def left(self) -> float:
@@ -44,7 +44,17 @@ class Job:
         env["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # of each of many processes
         env.pop("PYTEST_XDIST_WORKER", None)  # ours, when a test started this program
         command = [sys.executable, *map(str, command)]
-        return subprocess.Popen(command, env=env | options.pop("env", {}), **options)
+        process = subprocess.Popen(command, env=env | options.pop("env", {}), **options)
+        log.close()
+        self.processes.append(process)
+        return process
+
+    def end_all(self) -> None:
+        """Kill what a piece has left running, halted ones too."""
+        for process in self.processes:
+            stop(process, signal.SIGKILL)
+            process.wait()
+        self.processes.clear()
 
     def tail(self, name: str, lines: int = 12) -> str:
         text = (self.output / "logs" / f"{name}.txt").read_text(errors="replace")
@@ -95,7 +105,8 @@ class Mps:
 
 def origin(job: Job) -> dict:
     """Where and with what the numbers were made, as far as the piece `machine` got."""
-    path = job.output / "machine.json"
-    found = json.loads(path.read_text()).get("found", {}) if path.exists() else {}
+    found = {}
+    with contextlib.suppress(Refused):
+        found = read_json(job.output / "machine.json").get("found", {})
     device = found.get("card") or "a CPU"
     return {"device": device, "torch": found.get("torch", ""), "commit": commit()}

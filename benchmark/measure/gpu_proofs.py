@@ -5,8 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
-
-from benchmark import ROOT, write_csv
+from benchmark import ROOT
+from benchmark.files import write_csv
 from benchmark.measure.gpu_job import Failed, Job, origin
 
 

@@ -1,16 +1,15 @@
 """gpu.py's second stage: speed.py, whole runs alone and side by side, latency.py."""
 
 import contextlib
-import csv
 import itertools
 import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
-
-from benchmark import scripts, write_csv
+from benchmark import scripts
+from benchmark.files import Refused, read_table, write_csv
 from benchmark.measure.gpu_job import Failed, Job, Mps, origin, stop
+from pathlib import Path
 
 MODES = "eager eager-tf32 compiled graph graph-tf32 captured captured-tf32 captured-bfloat16"
 SPEED = {  # script: --settings and --modes of speed.py
@@ -74,9 +73,8 @@ def speed(job: Job) -> dict:
                 process.stdin.write("\n")
                 process.stdin.flush()
             job.wait(f"speed_{name}", process, 60)
-            with (job.output / f"speed_{name}.csv").open(newline="") as file:
-                found += list(csv.DictReader(file))
-        except (Failed, OSError) as error:
+            found += read_table(job.output / f"speed_{name}.csv")
+        except (Failed, Refused, OSError) as error:
             errors.append(str(error))
             stop(process, signal.SIGKILL)
     if found:
@@ -201,8 +199,7 @@ def latency(job: Job) -> dict:
     command += ["--calls", 20 if job.smoke else 200, "--threads", 1]
     command += ["--policies", "FPMD-R", "FPMD-M", "MVP", "SAC", "DPMD"]
     job.wait("latency", job.start("latency", command), 100)
-    with output.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(output)
     for row in rows:
         case = (
             f"{row['policy']:14s} {row['steps']:>3s} steps, batch {row['batch']:>4s}, {row['mode']}"

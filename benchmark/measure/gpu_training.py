@@ -1,13 +1,12 @@
 """gpu.py's third stage: as many runs at the published budget as will finish."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import time
-
-from benchmark import scripts, write_csv
+from benchmark import scripts
+from benchmark.files import read_json, write_csv
 from benchmark.launch import collect
 from benchmark.measure.gpu_job import Failed, Job, Mps, stop
 from benchmark.measure.gpu_rates import ASYNC, NAMES, RATES
@@ -36,7 +35,7 @@ def plan(job: Job, steps: int) -> tuple[list[tuple], bool]:
     Its members are the next ones of TRAIN with the group's scripts. If none finishes and there is
     an --at-least, it is the group of that size or more that comes furthest.
     """
-    measured = json.loads((job.output / "rates.json").read_text())["found"]
+    measured = read_json(job.output / "rates.json", ["found"])["found"]
     slowest = {}
     for group in TOGETHER:
         rates = [rate for key, rate in measured.items() if key.startswith(f"{group}: ")]

@@ -25,12 +25,10 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
-import torch
-from torch import Tensor
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
-from benchmark import scripts, write_csv
+from benchmark import scripts
+from benchmark.cli import Parser, output, run, whole
+from benchmark.files import fail, write_csv
 from benchmark.measure.measuring import (
     add_machine_flags,
     default_output,
@@ -38,6 +36,10 @@ from benchmark.measure.measuring import (
     provenance,
     use_machine,
 )
+
+import numpy as np
+import torch
+from torch import Tensor
 
 OBS_DIM, ACT_DIM = 27, 8  # Ant-v4's
 BURST = 20  # calls of a case in a row
@@ -163,22 +165,22 @@ def to_rows(found: list[Case], device: torch.device) -> list[dict]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     several = {"nargs": "+", "metavar": "NAME"}
     add_machine_flags(parser)
     names = list(dict.fromkeys(policy for policy, _ in POLICIES))
     parser.add_argument("--policies", **several, choices=names, default=names, help="which")
     parser.add_argument("--modes", **several, choices=MODES, default=list(MODES[:2]), help="which")
     text = "actions at once"
-    parser.add_argument("--batches", type=int, nargs="+", metavar="B", default=[1, 256], help=text)
-    parser.add_argument("--calls", type=int, default=1_000, help="of every case, at least")
+    several = {"nargs": "+", "metavar": "B", "type": whole(1, 10**5)}
+    parser.add_argument("--batches", **several, default=[1, 256], help=text)
+    text = "of every case, at least"
+    parser.add_argument("--calls", type=whole(1, 10**7), default=1_000, help=text)
     text = (
         "CSV to write, as a whole; unset: benchmark/results/latency_<device>.csv, but a temporary "
         "file if only a part is measured"
     )
-    parser.add_argument("--output", type=Path, help=text)
+    parser.add_argument("--output", type=output(), help=text)
     options = parser.parse_args()
     if options.output is None:
         partly = ["policies", "modes", "batches", "calls"]
@@ -191,7 +193,7 @@ def main() -> None:
     device = use_machine(options)
     found = cases(options, device)
     if not found:
-        sys.exit("latency.py: error: nothing to measure")
+        fail("nothing to measure")
     time_all(found, options.calls, device)
     rows = to_rows(found, device)
     write_csv(rows, options.output)
@@ -199,4 +201,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -5,12 +5,13 @@ import importlib.util
 import itertools
 import sys
 import tempfile
+from benchmark import RESULTS, commit, scripts
+from benchmark.cli import as_argument, whole
+from benchmark.files import check_output, fail
 from pathlib import Path
 from types import ModuleType
 
 import torch
-
-from benchmark import RESULTS, commit, scripts
 
 COPIES = itertools.count()
 
@@ -40,9 +41,24 @@ def provenance(device: torch.device) -> dict:
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     """--device and --threads, which use_machine reads."""
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    device = as_argument(check_device)
+    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1")
     text = "CPU threads of torch; unset: what the scripts take, all up to 8"
-    parser.add_argument("--threads", type=int, default=0, help=text)
+    parser.add_argument("--threads", type=whole(0, 1024), default=0, help=text)
+
+
+def check_device(name: str) -> str:
+    """Refuse what torch does not know, or has not got."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        fail(f"{name!r} is neither cpu nor cuda")
+    if device.type not in ("cpu", "cuda"):
+        fail(f"{name!r} is neither cpu nor cuda")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        fail(f"{name}: torch finds {count} GPUs")
+    return name
 
 
 def use_machine(options: argparse.Namespace) -> torch.device:
@@ -60,4 +76,6 @@ def default_output(
     """benchmark/results/<kind>_<device>.csv, but a temporary file if one of partly was given."""
     quick = any(getattr(options, key) != parser.get_default(key) for key in partly)
     folder = Path(tempfile.mkdtemp()) if quick else RESULTS
-    return folder / f"{kind}_{torch.device(options.device).type}.csv"
+    path = folder / f"{kind}_{torch.device(options.device).type}.csv"
+    check_output(path)
+    return path

@@ -12,17 +12,19 @@ noise in float32 and bfloat16:
     python benchmark/measure/precision.py runs/<run> [runs/<run> ...]
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
+from types import ModuleType
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
+from benchmark import RESULTS
+from benchmark.cli import Parser, output, run
+from benchmark.files import fail, write_csv
+from benchmark.measure.measuring import load_script
+from benchmark.runs import read_args, script_of
 
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
-from benchmark import RESULTS, script_of, write_csv
-from benchmark.measure.measuring import load_script
 
 STATES, CANDIDATES, AGAIN = 4096, 32, 4
 
@@ -50,20 +52,34 @@ def judge(chosen: Tensor, q: Tensor) -> dict:
     }
 
 
+def script_of_run(run_dir: Path) -> ModuleType:
+    """A copy of the script that made it, which must be one that ranks candidates."""
+    name = read_args(run_dir)["exp_name"]
+    path = script_of(name)
+    if path is None:
+        fail(f"{run_dir}: --exp-name {name} begins with the name of no script")
+    script = load_script(path.stem)
+    if not hasattr(script, "propose"):
+        fail(f"{run_dir} is a run of {path.name}, which generates no candidates")
+    return script
+
+
 @torch.no_grad()
 def measure(run_dir: str) -> list[dict]:
     """Rows of the CSV for one run."""
-    stored = json.loads((Path(run_dir) / "args.json").read_text())
-    name = script_of(stored["exp_name"]).stem
-    script = load_script(name)
+    script = script_of_run(Path(run_dir))
     _, saved = script.load(run_dir, "checkpoint.pt")
     args = script.Args(**saved["args"])
     args.num_candidates = CANDIDATES
-    buffer, draw = saved["buffer"], torch.Generator().manual_seed(0)
-    sizes = buffer["obs"].shape[1], buffer["actions"].shape[1]
-    agent = script.Agent(*sizes, args, torch.device("cpu"))
+    rows, draw = saved["buffer"], torch.Generator().manual_seed(0)
+    if not len(rows):
+        fail(f"{run_dir}'s checkpoint holds no transitions yet")
+    envs, device = saved["envs"], torch.device("cpu")
+    sizes = envs["obs"].shape[1], envs["episodes"][0]["actions"].shape[1]
+    agent = script.Agent(*sizes, args, device)
     agent.load_state_dict(saved["agent"])
-    obs = buffer["next_obs"][torch.randint(len(buffer["obs"]), (STATES,), generator=draw)]
+    rows = rows[torch.randint(len(rows), (STATES,), generator=draw)]
+    obs = script.ReplayBuffer(1, *sizes, device).columns(rows)["next_obs"]
     std, candidates = agent.log_alpha.exp() * args.noise_scale, {}
     for low in False, True:
         with bfloat16(low):
@@ -72,7 +88,7 @@ def measure(run_dir: str) -> list[dict]:
     exact, moved = candidates[False], candidates[True]
     q, q_moved = (agent.critic(obs, each).amin(0) for each in (exact, moved))  # (N, B)
     spread = q.std(0).mean().item()
-    row = {"algorithm": name, "env_id": args.env_id, "seed": args.seed}
+    row = {"algorithm": Path(script.__file__).stem, "env_id": args.env_id, "seed": args.seed}
     row |= {"global_step": saved["global_step"], "q_mean": q.mean().item(), "q_spread": spread}
     error = {
         "action_error": (moved - exact).abs().mean().item(),
@@ -92,13 +108,13 @@ def measure(run_dir: str) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", help="run directories with a checkpoint")
-    default = RESULTS / "precision.csv"
-    parser.add_argument("--output", type=Path, default=default, help="CSV to write")
+    default = str(RESULTS / "precision.csv")
+    parser.add_argument("--output", type=output(), default=default, help="CSV to write")
     options = parser.parse_args()
+    for run_dir in options.runs:
+        script_of_run(Path(run_dir))  # refused before the first one takes its time
     rows = [row for run_dir in options.runs for row in measure(run_dir)]
     for row in rows:
         row |= {k: f"{v:.6g}" for k, v in row.items() if isinstance(v, float)}
@@ -107,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

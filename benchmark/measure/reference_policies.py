@@ -9,18 +9,20 @@ deviation over episodes.
     python benchmark/measure/reference_policies.py --env-ids Ant-v5 --episodes 50 --output ant.csv
 """
 
-import argparse
 import sys
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
+from benchmark import RESULTS
+from benchmark.cli import Parser, output, run, text, whole
+from benchmark.files import write_csv
+
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
 import fpmd_online as fpmd
-from benchmark import RESULTS, write_csv
 
 ENV_IDS = [
     "Ant-v4",
@@ -54,7 +56,7 @@ def measure(env_id: str, episodes: int, seed: int) -> list[dict]:
     agent = SimpleNamespace(act_dim=act_dim, device=torch.device("cpu"))
     rows = []
     for policy, act in POLICIES.items():
-        returns, _ = fpmd.evaluate(act, agent, envs, args)
+        returns, *_ = fpmd.evaluate(act, agent, envs, args)
         row = {"env_id": env_id, "policy": policy, "episodes": episodes}
         row |= {"return_mean": f"{returns.mean():.4f}", "return_std": f"{returns.std():.4f}"}
         rows.append(row | {key: metadata.version(key) for key in ("mujoco", "gymnasium")})
@@ -64,19 +66,22 @@ def measure(env_id: str, episodes: int, seed: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--env-ids", nargs="+", default=ENV_IDS, metavar="ID")
-    parser.add_argument("--episodes", type=int, default=20, help="per environment and policy")
-    parser.add_argument("--seed", type=int, default=1, help="of the episodes and random actions")
-    default = RESULTS / "reference_policies.csv"
-    parser.add_argument("--output", type=Path, default=default, help="CSV to write, as a whole")
+    parser = Parser(__doc__)
+    parser.add_argument("--env-ids", nargs="+", type=text, default=ENV_IDS, metavar="ID")
+    words = "per environment and policy"
+    parser.add_argument("--episodes", type=whole(1, 10_000), default=20, help=words)
+    words = "of the episodes and random actions"
+    parser.add_argument("--seed", type=whole(0, 2**62), default=1, help=words)
+    default = str(RESULTS / "reference_policies.csv")
+    words = "CSV to write, as a whole"
+    parser.add_argument("--output", type=output(), default=default, help=words)
     args = parser.parse_args()
+    for env_id in args.env_ids:
+        fpmd.make_env(env_id).close()  # refused before the first one takes its time
     rows = [row for env_id in args.env_ids for row in measure(env_id, args.episodes, args.seed)]
     write_csv(rows, args.output)
     print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -30,10 +30,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
-from benchmark import write_csv
+from benchmark.cli import Parser, as_argument, output, run, whole
+from benchmark.files import fail, write_csv
 from benchmark.measure.measuring import (
     add_machine_flags,
     default_output,
@@ -55,6 +54,8 @@ from benchmark.measure.speed_cases import (
 from benchmark.measure.speed_clock import Measurement, row_of, time_all, to_rows
 from benchmark.measure.speed_comparisons import environment_step, machine, sac_actions, variants
 from benchmark.measure.speed_end_to_end import END_TO_END, end_to_end
+
+import torch
 
 MEASUREMENTS = *PER_CASE, "one-step", "sac", "environments", "first-update"
 
@@ -99,42 +100,45 @@ def collect(options: argparse.Namespace, device: torch.device) -> list[Measureme
 
 
 def parse_setting(text: str) -> tuple[int, int]:
-    num_candidates, flow_steps = map(int, text.split(","))
+    """N,T as two numbers."""
+    parts = text.split(",")
+    if len(parts) != 2:
+        fail(f"{text[:60]!r} is not N,T")
+    num_candidates, flow_steps = map(whole(1, 4096), parts)
     return num_candidates, flow_steps
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     several = {"nargs": "+", "metavar": "NAME"}
     add_machine_flags(parser)
     scripts = list(SETTINGS)
     parser.add_argument("--scripts", **several, choices=scripts, default=FLOWS, help="which")
     text = "N,T of every script; unset: those of SETTINGS"
-    parser.add_argument("--settings", nargs="+", type=parse_setting, metavar="N,T", help=text)
+    setting = as_argument(parse_setting)
+    parser.add_argument("--settings", nargs="+", type=setting, metavar="N,T", help=text)
     text = f"of {', '.join(MODES)}, on CUDA also {', '.join(CUDA_MODES)}"
     modes = MODES | CUDA_MODES
     parser.add_argument("--modes", **several, choices=modes, default=list(MODES), help=text)
     text = f"of {', '.join(MEASUREMENTS)}"
     parser.add_argument("--only", **several, choices=MEASUREMENTS, default=MEASUREMENTS, help=text)
     parser.add_argument("--variants", action="store_true", help="generation in other ways, too")
-    parser.add_argument("--batch-size", type=int, default=256, help="transitions per update")
+    text = "transitions per update"
+    parser.add_argument("--batch-size", type=whole(1, 2**16), default=256, help=text)
     text = "of every measurement (15), of every training run (3)"
-    parser.add_argument("--repetitions", type=int, help=text)
+    parser.add_argument("--repetitions", type=whole(1, 10**6), help=text)
     text = "once warm, say so and wait for a line on stdin: others may time alone meanwhile"
     parser.add_argument("--hold", action="store_true", help=text)
     parser.add_argument("--end-to-end", action="store_true", help="time training runs instead")
-    text = "of a training run, 1000 of them random"
-    parser.add_argument("--steps", type=int, default=4_000, help=text)
+    least = END_TO_END["learning_starts"] + 2 * END_TO_END["log_every"]
+    text = f"of a training run, {END_TO_END['learning_starts']} of them random"
+    parser.add_argument("--steps", type=whole(least, 10**9), default=4_000, help=text)
     text = (
         "CSV to write, as a whole; unset: benchmark/results/<speed or end_to_end>_<device>.csv, "
         "but a temporary file if only a part is measured"
     )
-    parser.add_argument("--output", type=Path, help=text)
+    parser.add_argument("--output", type=output(), help=text)
     options = parser.parse_args()
-    if options.steps < (least := END_TO_END["learning_starts"] + 2 * END_TO_END["log_every"]):
-        parser.error(f"--steps {options.steps} must be at least {least}")
     if options.output is None:
         partly = ["scripts", "settings", "modes", "only", "batch_size", "repetitions", "steps"]
         kind = "end_to_end" if options.end_to_end else "speed"
@@ -158,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -4,19 +4,18 @@ All that depends on how the scripts are built, and is no plain call of one of th
 make_case and functions.
 """
 
-import sys
+from benchmark.files import fail
+from benchmark.measure.measuring import load_script
+from benchmark.measure.speed_clock import Measurement, Part, row_of, seconds
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-
-from benchmark.measure.measuring import load_script
-from benchmark.measure.speed_clock import Measurement, Part, row_of, seconds
 
 ENV_ID, OBS_DIM, ACT_DIM, NUM_ENVS = "Ant-v4", 27, 8, 5
 SETTINGS = {  # script: its (num_candidates, flow_steps)
@@ -66,6 +65,16 @@ class Case:
         return self.rng.device
 
 
+@cache
+def refuse_without_compiler(device: torch.device) -> None:
+    """Eager updates must not pass for compiled ones; scripts go on with those."""
+    try:
+        torch.compile(torch.exp)(torch.zeros(2, device=device))
+    except Exception as error:  # of many kinds
+        first_line = str(error).partition("\n")[0]
+        fail(f"nothing can be compiled here, choose --modes eager: {first_line}")
+
+
 def make_case(script, setting, mode, batch_size, device, **replaced) -> Case:
     """A fresh agent, accelerated if the mode says so; nothing has been computed with it yet."""
     module, (kind, precision) = load_script(script, **replaced), (MODES | CUDA_MODES)[mode]
@@ -76,9 +85,10 @@ def make_case(script, setting, mode, batch_size, device, **replaced) -> Case:
     agent = module.Agent(OBS_DIM, ACT_DIM, args, device)
     explore, improve = module.act_explore, module.update
     if kind in ("compiled", "captured"):
+        refuse_without_compiler(device)
         explore, improve = module.accelerate(agent, explore, improve, args)
-        if improve is module.update:  # accelerate has said why
-            sys.exit("speed.py: error: nothing can be compiled here; choose --modes eager")
+        # where they fail, nothing else may be timed in their place
+        explore, improve = explore.function, improve.function
     if kind == "compiled" and device.type == "cuda":  # there accelerate records them, too
         explore, improve = explore.function, improve.function
     elif kind == "graph":

@@ -2,14 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Callable
-from functools import partial
-from types import ModuleType
-
-import numpy as np
-import torch
-from torch import Tensor, nn
-
 from benchmark.measure.measuring import load_script
 from benchmark.measure.speed_cases import (
     ACT_DIM,
@@ -21,6 +13,13 @@ from benchmark.measure.speed_cases import (
     make_case,
 )
 from benchmark.measure.speed_clock import Measurement, Part, row_of
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 PRODUCT = 8192, 256, 256  # the large matrix product whose rate the floors use
 COPY = 2**28  # bytes of the large copy, beyond any cache

@@ -2,23 +2,22 @@
 
 import argparse
 import contextlib
-import csv
 import io
 import itertools
 import multiprocessing
 import resource
 import sys
 import tempfile
+from benchmark.measure.measuring import load_script
+from benchmark.measure.speed_cases import ENV_ID, MODES, refuse_without_compiler
+from benchmark.measure.speed_clock import peak_megabytes, row_of
+from benchmark.runs import has_learned, read_metrics
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import torch
-
-from benchmark.measure.measuring import load_script
-from benchmark.measure.speed_cases import ENV_ID, MODES
-from benchmark.measure.speed_clock import peak_megabytes, row_of
 
 END_TO_END = {  # flags of the training runs of --end-to-end
     "env_id": ENV_ID,
@@ -35,10 +34,10 @@ END_TO_END = {  # flags of the training runs of --end-to-end
 def step_times(run_dir: Path) -> list[float]:
     """Seconds per environment step between the rows of metrics.csv.
 
-    The first row comes after hundreds of updates, so compiling is over by then.
+    The first row with losses comes after hundreds of updates, so compiling is over by then.
     """
-    with (run_dir / "metrics.csv").open(newline="") as file:
-        rows = [(int(r["global_step"]), float(r["wall_time"])) for r in csv.DictReader(file)]
+    rows = [row for row in read_metrics(run_dir) if has_learned(row)]
+    rows = [(int(row["global_step"]), float(row["wall_time"])) for row in rows]
     return [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(rows)]
 
 
@@ -46,12 +45,13 @@ def full_buffer(module: ModuleType) -> type:
     """A replay buffer that is full of random transitions from the start."""
 
     class FullBuffer(module.ReplayBuffer):
-        def __init__(self, *sizes):
-            super().__init__(*sizes)
-            rng, rows = np.random.default_rng(0), max(1, self.capacity // 100)
-            while self.size < self.capacity:
-                shapes = [(rows, *value.shape[1:]) for value in self.data.values()]
-                self.add(*(rng.standard_normal(shape, np.float32) for shape in shapes))
+        def __init__(self, capacity: int, *sizes):
+            super().__init__(capacity, *sizes)
+            rng, rows = np.random.default_rng(0), max(1, capacity // 100)
+            while self.size < capacity:
+                shapes = {name: (rows, *shape) for name, shape in self.shapes.items()}
+                draw = rng.standard_normal
+                self.add(**{name: draw(shape, np.float32) for name, shape in shapes.items()})
 
     return FullBuffer
 
@@ -84,6 +84,8 @@ def end_to_end(options: argparse.Namespace) -> list[dict]:
     metrics.csv, all of them after compilation; medians and quartiles are over all runs' rows.
     """
     cases = list(itertools.product(options.scripts, options.modes))
+    if any(MODES[mode][0] == "compiled" for mode in options.modes):
+        refuse_without_compiler(torch.device(options.device))
     times, peaks, full_peaks = ({case: [] for case in cases} for _ in range(3))
     for repetition in range(options.repetitions + 1):
         full = repetition == options.repetitions  # one run more, for its memory

@@ -4,15 +4,8 @@ Nothing fails because a campaign is young: tasks, algorithms and seeds that are 
 row and no interval.
 """
 
-import sys
-from dataclasses import dataclass
-from functools import cache
-from itertools import product
-from pathlib import Path
-
-import numpy as np
-
 from benchmark import RESULTS
+from benchmark.files import fail
 from benchmark.report.formatting import bracketed, read, references
 from benchmark.report.intervals import (
     Comparison,
@@ -25,6 +18,12 @@ from benchmark.report.intervals import (
     probability_of_improvement,
     read_curves,
 )
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import numpy as np
 
 
 @dataclass
@@ -54,9 +53,9 @@ def load(path: Path) -> Curves:
     try:
         curves = read_curves(read(path))
     except ValueError as error:
-        sys.exit(f"report.py: error: {path.name} has {error}")
+        fail(f"{path.name} has {error}")
     if unknown := {algorithm for _, algorithm, _ in curves} - set(ALGORITHMS):
-        sys.exit(f"report.py: error: report/campaign.py's ALGORITHMS lacks {', '.join(unknown)}")
+        fail(f"report/campaign.py's ALGORITHMS lacks {', '.join(unknown)}")
     return curves
 
 

@@ -1,10 +1,5 @@
 """Figures of a campaign: curves, statistics across tasks, one step against best of N."""
 
-from itertools import product
-from pathlib import Path
-
-import numpy as np
-
 from benchmark.report import style
 from benchmark.report.campaign import (
     ALGORITHMS,
@@ -27,6 +22,10 @@ from benchmark.report.intervals import (
     mean_curve,
     performance_profile,
 )
+from itertools import product
+from pathlib import Path
+
+import numpy as np
 
 
 def draw_curves(path: Path, output: Path, against: str = "steps") -> None:

@@ -1,11 +1,10 @@
 """The figure of latency.py."""
 
 import math
-from pathlib import Path
-
 from benchmark.report import style
 from benchmark.report.campaign import ALGORITHMS
 from benchmark.report.formatting import digits, read
+from pathlib import Path
 
 
 def draw_latency(path: Path, output: Path) -> None:

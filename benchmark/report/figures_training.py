@@ -1,10 +1,6 @@
 """Figures of training runs of one algorithm: returns and success rates against steps."""
 
 import textwrap
-from pathlib import Path
-
-import numpy as np
-
 from benchmark.report import style
 from benchmark.report.formatting import references
 from benchmark.report.training_runs import (
@@ -15,6 +11,9 @@ from benchmark.report.training_runs import (
     offline_steps,
     successes,
 )
+from pathlib import Path
+
+import numpy as np
 
 
 def draw_learning_curves(path: Path, output: Path) -> None:

@@ -1,21 +1,19 @@
 """How the report reads CSVs, and writes numbers, words and tables."""
 
-import csv
 import math
 import re
 import statistics
-import sys
-from pathlib import Path
-
 from benchmark import RESULTS
+from benchmark.files import fail, read_table
 from benchmark.report.intervals import interval
+from pathlib import Path
 
 
 def read(path: Path) -> list[dict]:
-    if not path.exists():
-        sys.exit(f"report.py: error: {path} is missing")
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    rows = read_table(path)
+    if not rows:
+        fail(f"{path} holds no rows")
+    return rows
 
 
 def number(value: float) -> str:

@@ -1,10 +1,5 @@
 """Which tables and figures there are, and from which CSV each is made."""
 
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-from typing import NamedTuple
-
 from benchmark import FIGURES, ROOT
 from benchmark.report import tables_campaign as campaign
 from benchmark.report import tables_speed as speed
@@ -17,6 +12,10 @@ from benchmark.report.figures_campaign import (
 from benchmark.report.figures_latency import draw_latency
 from benchmark.report.figures_training import draw_learning_curves, draw_success_rates
 from benchmark.report.tables_latency import latency
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 TRAINING = {
     "results-cpu": (training.results, "fpmd_online_cpu.csv"),
@@ -28,6 +27,7 @@ TRAINING = {
     "mvp-cpu": (training.results, "mvp_online_cpu.csv"),
     "offline-to-online": (training.success_rates, "offline_to_online_cpu.csv"),
     "constraint": (training.constraint, "constraint.csv"),
+    "reformulations": (training.reformulations, "reformulations.csv"),
     "compile-cpu": (training.ablation, "compile_cpu.csv"),
     "short-runs": (training.ablation, "short_runs_cpu.csv"),
     "reference-policies": (training.reference_policies, "reference_policies.csv"),
@@ -67,6 +67,7 @@ def registry() -> Registry:
     found = Registry(dict(TRAINING | SPEED), dict(CURVES))
     for name, tasks in ("cpu", 3), ("pendulum", 1), ("cartpole", 1), ("cuda", 6):
         add_campaign(found, name, several_tasks=tasks > 1)
+    add_meanflowql(found)
     add_latency(found, "cpu", "a CPU")
     add_latency(found, "cuda", "a GPU")
     return found
@@ -97,6 +98,24 @@ def add_campaign(found: Registry, name: str, several_tasks: bool) -> None:
         tables["figure-" + key.replace("_", "-")] = image(alt, file)
     for key, build in tables.items():
         found.tables[f"campaign-{name}-{key}"] = or_not_yet(build, "No runs yet."), source
+
+
+def add_meanflowql(found: Registry) -> None:
+    """MeanFlowQL's offline runs for every alpha, and both phases of the chosen one, by task."""
+    for task in "cube", "maze":
+        source, online = f"meanflowql_{task}_cpu.csv", f"meanflowql_{task}_online_cpu.csv"
+        file = f"meanflowql_{task}_online_cpu.png"
+        found.figures[file] = draw_success_rates, online
+        for name, build, csv in (
+            ("alphas", training.offline, source),
+            ("offline", training.offline, online),
+            ("online", training.success_rates, online),
+            ("figure", image("Success rates of MeanFlowQL", file), online),
+        ):
+            found.tables[f"meanflowql-{task}-{name}"] = or_not_yet(build, "Not run yet."), csv
+    missing = "Not run yet."
+    source = "mvp_constraint_cpu.csv"
+    found.tables["mvp-constraint"] = or_not_yet(training.success_rates, missing), source
 
 
 def add_latency(found: Registry, where: str, machine: str) -> None:

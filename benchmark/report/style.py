@@ -1,13 +1,14 @@
 """How every figure looks: the only place that sets matplotlib's defaults, colours and widths."""
 
+import io
 import math
+from benchmark import ROOT
+from benchmark.files import whole_file
+from benchmark.report.intervals import interval
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-
-from benchmark import ROOT
-from benchmark.report.intervals import interval
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart: an algorithm has the same
 # one in every figure
@@ -22,6 +23,7 @@ ALGORITHMS = {
 FIRST, SECOND, THIRD, FOURTH = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 DARK, GREY, LIGHT = "0.35", "0.7", "0.92"  # words beside curves, what is in the background, grids
 WIDTH = 8.0  # inches, of every figure: a README's column
+SUFFIXES = ".png", ".pdf", ".svg"  # of pictures
 FEW = 5  # seeds that are drawn one by one
 DASHES = (0, (4, 1.2))
 STYLE = {
@@ -64,9 +66,15 @@ def grid_of_panels(count: int, height: float, columns: int = 3, **kwargs):
 def save(figure, output: Path) -> None:
     from PIL import Image  # matplotlib needs it too
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output)
-    Image.open(output).convert("RGB").quantize(128).save(output, optimize=True)  # a third the size
+    kind = output.suffix.lower().removeprefix(".")
+    with whole_file(output, "wb") as file:
+        if kind == "png":
+            pixels = io.BytesIO()
+            figure.savefig(pixels, format=kind)
+            image = Image.open(pixels).convert("RGB").quantize(128)  # a third the size
+            image.save(file, kind, optimize=True)
+        else:
+            figure.savefig(file, format=kind)
     pyplot().close(figure)
     print(f"drew {output.relative_to(ROOT) if output.is_relative_to(ROOT) else output}")
 
@@ -119,6 +127,12 @@ def label_ends(panel, labels: list[tuple], gap: float, x: float = 1.02) -> None:
     for height, (_, text, colour) in zip(heights, labels, strict=True):
         place = {"xycoords": ("axes fraction", "data"), "va": "center"}
         panel.annotate(text, (x, height), color=colour, **place)
+
+
+def plain(text: str) -> str:
+    """Words that matplotlib is to draw as they are: $ begins no formula, _ hides no label."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def thousands(steps: float, _) -> str:

@@ -2,11 +2,6 @@
 
 import math
 import statistics
-from itertools import product
-from pathlib import Path
-
-import numpy as np
-
 from benchmark.report import formatting as fmt
 from benchmark.report.campaign import (
     ALGORITHMS,
@@ -37,6 +32,10 @@ from benchmark.report.intervals import (
     interval,
     verdict,
 )
+from itertools import product
+from pathlib import Path
+
+import numpy as np
 
 VERDICTS = {  # campaign.verdict's, in the order of a sentence, and as it says them
     "better": "better",

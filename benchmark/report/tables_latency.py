@@ -1,10 +1,9 @@
 """The table of latency.py."""
 
 import math
-from pathlib import Path
-
 from benchmark.report import formatting as fmt
 from benchmark.report.formatting import table_with_note
+from pathlib import Path
 
 
 def latency(path: Path) -> str:

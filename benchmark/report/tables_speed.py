@@ -2,11 +2,10 @@
 
 import math
 import statistics
-from collections import defaultdict
-from pathlib import Path
-
 from benchmark.report import formatting as fmt
 from benchmark.report.formatting import table_with_note
+from collections import defaultdict
+from pathlib import Path
 
 PARTS = {  # measurement in speed.py: its column
     "generation": "generating",

@@ -1,9 +1,7 @@
 """Tables of training runs: results, ablations, success rates, and what they are compared with."""
 
+import re
 import statistics
-from collections import defaultdict
-from pathlib import Path
-
 from benchmark.report import formatting as fmt
 from benchmark.report.formatting import table_with_note
 from benchmark.report.intervals import LAST, interval
@@ -16,6 +14,8 @@ from benchmark.report.training_runs import (
     split_flags,
     successes,
 )
+from collections import defaultdict
+from pathlib import Path
 
 ABLATION_LAST = 3  # the same in short runs that are compared with each other
 
@@ -156,6 +156,65 @@ def success_rates(path: Path) -> str:
         f"Success rates in per cent of {fmt.joined_numbers(episodes)} episodes, ± Student's 95% "
         f"interval over seeds; the rise is taken seed by seed. {steps} steps in all, flags of "
         f"all: `{' '.join(sorted(shared))}`; {fmt.hardware(ends)}, commit {fmt.commits(ends)}."
+    )
+    return table_with_note(table, note)
+
+
+def natural(text: str) -> list:
+    """To sort by: words before numbers, numbers by their size."""
+    parts = re.findall(r"[\d.]+|[^\d.]+", text)
+    return [(0, part, 0.0) if not part[0].isdigit() else (1, "", float(part)) for part in parts]
+
+
+def offline(path: Path) -> str:
+    """Success in the offline phase: the last evaluation, the mean of the last three, the best."""
+    table, found = [], experiments(path)
+    variants, ends = names(found), []
+    for key in sorted(found, key=lambda key: natural(variants[key][1])):
+        seeds, (env_id, own) = found[key], variants[key]
+        row = {"task": env_id.split(":")[-1], "variant": f"`{own}`" if own else "the default"}
+        row |= {"seeds": len(seeds)}
+        for mode, title in ("one_step", "one step"), ("best_of_n", "best of N"):
+            rates = [
+                [rate for step, rate in successes(run, mode).items() if step <= offline_steps(key)]
+                for run in seeds.values()
+            ]
+            row[f"{title}: last"] = fmt.across_seeds([r[-1] for r in rates])
+            row[f"{title}: last three"] = fmt.across_seeds(
+                [statistics.fmean(r[-3:]) for r in rates]
+            )
+            row[f"{title}: best"] = fmt.across_seeds([max(r) for r in rates])
+        table.append(row)
+        ends += [last(run) for run in seeds.values()]
+    shared = set.intersection(*(set(split_flags(key)) for key in found))
+    counts = {len(end["returns"].split()) for end in ends}
+    steps = fmt.joined_numbers({offline_steps(key) for key in found})
+    note = (
+        f"Success rates in per cent of {fmt.joined_numbers(counts)} episodes after {steps} offline "
+        "updates: of the last evaluation, the mean of the last three, and the best; ± Student's "
+        f"95% interval over seeds. Flags of all: `{' '.join(sorted(shared))}`; "
+        f"{fmt.hardware(ends)}, commit {fmt.commits(ends)}."
+    )
+    return table_with_note(table, note)
+
+
+def reformulations(path: Path) -> str:
+    """c - u for seven c on four modes: learnt, and what a perfect network would learn."""
+    rows, table = fmt.read(path), []
+    titles = {"distance": "distance", "within": "within 3 std", "transport": "transport"}
+    for form in dict.fromkeys(row["form"] for row in rows):
+        line = {"g": f"${form}$"}
+        for what in "learnt", "exact":
+            own = [row for row in rows if row["form"] == form and row["what"] == what]
+            for key, title in titles.items():
+                mean = statistics.fmean(float(row[key]) for row in own)
+                line[f"{what}: {title}"] = f"{mean:.0%}" if key == "within" else f"{mean:.3f}"
+        table.append(line)
+    seeds = len({row["seed"] for row in rows if row["what"] == "learnt"})
+    note = (
+        "Distance: mean to the nearest mode, 0.063 for fresh data. Transport: the exact optimal "
+        f"transport distance to fresh data. Means of {seeds} seeds after "
+        f"{fmt.joined_numbers({int(row['updates']) for row in rows})} updates."
     )
     return table_with_note(table, note)
 

@@ -1,10 +1,9 @@
 """Training runs as the tables and figures of single algorithms read them from collect.py's CSV."""
 
 import re
+from benchmark.report.formatting import read
 from collections import defaultdict
 from pathlib import Path
-
-from benchmark.report.formatting import read
 
 
 def experiments(path: Path) -> dict:
