@@ -5,6 +5,7 @@ import contextlib
 import copy
 import importlib
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from torch import nn
 ROOT = Path(__file__).parent.parent
 FILES = [*ROOT.glob("*_online.py"), *ROOT.glob("baselines/*_online.py")]
 FILES = {path.stem: path for path in sorted(FILES)}  # every script
-OFFLINE = "mvp_offline_to_online"  # starts from a dataset; its own tests are in a file of its own
-SCRIPTS = [name for name in FILES if name != OFFLINE]
+OFFLINE = [name for name in FILES if "offline" in name]  # start from a dataset; own test files
+SCRIPTS = [name for name in FILES if name not in OFFLINE]
 FLOWS = [name for name in SCRIPTS if FILES[name].parent == ROOT]
 FPMD = [name for name in FLOWS if name.startswith("fpmd")]
 CANDIDATES = [*FLOWS, "dpmd_online"]  # they generate N and take the best
@@ -44,8 +45,13 @@ SMALL = {
 
 
 # here one script is tested fast and the others slowly: what is tested is mostly the same text
-ONE_IS_FAST = {"test_probes", "test_resume", "test_data", "test_speed"}
+ONE_IS_FAST = {"test_probes", "test_resume", "test_data", "test_speed", "test_trust"}
 ONE_IS_FAST |= {"test_video_of_a_replay", "test_a_script_runs_alone"}
+
+
+# a shell's background job ignores Ctrl-C, and so would the programs under test
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -99,7 +105,24 @@ def run(script, tmp_path, monkeypatch):
 
 
 def load(run_dir: Path, name: str = "checkpoint.pt") -> dict:
-    return torch.load(run_dir / name, weights_only=True)
+    """What a run saved; the buffer's rows by column."""
+    content = torch.load(run_dir / name, weights_only=True)
+    if "buffer" in content:
+        content["buffer"] = columns_of(content)
+    return content
+
+
+def columns_of(checkpoint: dict) -> dict:
+    """obs (n, obs_dim), actions (n, act_dim), rewards (n,) ... of a replay buffer's rows."""
+    obs_dim = checkpoint["envs"]["obs"].shape[1]
+    act_dim = checkpoint["envs"]["episodes"][0]["actions"].shape[1]
+    sizes = {"obs": obs_dim, "actions": act_dim, "rewards": 1, "next_obs": obs_dim}
+    sizes |= {"terminations": 1}
+    if checkpoint["buffer"].shape[1] > sum(sizes.values()):
+        sizes["ends"] = 1
+    parts = checkpoint["buffer"].split(list(sizes.values()), 1)
+    named = zip(sizes, parts, strict=True)
+    return {name: x if name in ("obs", "actions", "next_obs") else x[:, 0] for name, x in named}
 
 
 def rng(seed=0):

@@ -21,12 +21,17 @@ class Args:
     exp_name: str = Path(__file__).stem
     runs_dir: str = "runs"
     checkpoint_every: int = 10
+    eval_every: int = 5
     resume: str = ""
     torch_threads: int = 0
     utd: float = 1.0
     device: str = "auto"
     step_seconds: float = 0.0
     misbehave: str = ""  # see main
+
+
+MODES = {"one_step": None, "best_of_n": None}
+MAY_CHANGE = {"resume", "total_timesteps", "torch_threads", "log_every"}
 
 
 def parse_args(argv=None):
@@ -87,6 +92,14 @@ def main(args):
     replace(run_dir / "args.json", json.dumps(asdict(args)))
     for signum in signal.SIGINT, signal.SIGTERM:
         signal.signal(signum, lambda s, _: sys.exit(128 + s) if stop else stop.append(s))
+    if args.resume and args.eval_every:  # what was due when it was stopped
+        path = run_dir / "evaluations.csv"
+        rows = [line.split(",") for line in path.read_text().splitlines()] if path.exists() else []
+        found = [row[3] for row in rows if row[0] == str(step)]
+        for mode in MODES:
+            if step % 5 == 0 and mode not in found:
+                row = {"global_step": step, "updates": step, "wall_time": 1.0}
+                append(path, **row, mode=mode, return_mean=value % 1000)
     print(f"gpus {os.environ.get('CUDA_VISIBLE_DEVICES')} parent {os.getppid()}", flush=True)
     while step < args.total_timesteps and not stop:
         time.sleep(args.step_seconds)
@@ -94,7 +107,12 @@ def main(args):
         if step % 5 == 0 or step == args.total_timesteps:
             row = {"global_step": step, "updates": step, "wall_time": round(time.time() - start, 3)}
             append(run_dir / "metrics.csv", **row)
-            for mode in "one_step", "best_of_n":
+            lost = run_dir.parent / "lost"
+            for mode in MODES if args.eval_every else ():
+                cut_off = mode == "best_of_n" and args.misbehave == f"stopped evaluating {step}"
+                if cut_off and not lost.exists():
+                    lost.touch()
+                    continue
                 append(run_dir / "evaluations.csv", **row, mode=mode, return_mean=value % 1000)
         if step % args.checkpoint_every == 0 or step == args.total_timesteps or stop:
             time.sleep(0.5 * bool(stop))  # so that a second signal would find it at it

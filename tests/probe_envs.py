@@ -144,6 +144,10 @@ class Unbounded(Probe):
 class Scalar(Probe):
     action_space = gym.spaces.Box(-1, 1, ())
 
+    def step(self, action):
+        assert np.shape(action) == ()
+        return super().step([action])
+
 
 class Image(Probe):
     observation_space = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)

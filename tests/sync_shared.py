@@ -15,24 +15,42 @@ ROOT = Path(__file__).resolve().parent.parent
 MVP = ["mvp_online", "mvp_offline_to_online"]
 FPMD = ["fpmd_online", "fpmd_meanflow_online"]
 MIRROR = [*FPMD, "dpmd_online"]
-EVERY = [*MIRROR, *MVP, "sac_online"]
+OFFLINE = ["mvp_offline_to_online", "meanflowql_offline_to_online"]  # they start from a dataset
+GELU = [*MVP, "meanflowql_offline_to_online"]  # an activation that needs no faster formula
+MISH = [*MIRROR, "sac_online"]
+ONLINE = [*MISH, "mvp_online"]
+EVERY = [*ONLINE, *OFFLINE]
 
 # who shares what; of the constants that differ (MODES, MAY_BE_ZERO, ...) only the use is shared
 SHARED = [
     # training
-    (EVERY, ["ReplayBuffer", "evaluate", "updates_due", "train"]),
+    (EVERY, ["ReplayBuffer", "evaluate"]),
+    (ONLINE, ["updates_due", "train"]),
+    (OFFLINE, ["updates_due"]),
     # plumbing
-    (EVERY, ["fail", "SeededEpisodes", "make_env", "make_envs", "choose_opengl", "write_video"]),
-    (EVERY, ["describe_machine", "make_run_dir", "write_json", "cut_csv", "Run", "load"]),
-    (EVERY, ["MAY_CHANGE", "flag", "check_args", "refuse_changes", "choose_device"]),
-    (EVERY, ["parse_args", "StopSignal"]),
+    (EVERY, ["fail", "reason", "warn", "say", "EnvironmentFailure", "GuardedEnvs"]),
+    (EVERY, ["refuse_actions", "refuse_observations", "load_simulator", "make_env", "make_envs"]),
+    (EVERY, ["try_out", "choose_opengl", "write_video", "versions", "describe_machine"]),
+    (EVERY, ["make_run_dir", "lock", "write_whole", "write_text", "write_json"]),
+    (
+        EVERY,
+        ["rows_on_record", "as_text", "Run", "load_optimizer", "layout", "refuse_unlike", "load"],
+    ),
+    (EVERY, ["ALGORITHM", "MAY_CHANGE", "flag", "check_args", "refuse_changes", "choose_device"]),
+    (EVERY, ["memory_of", "refuse_too_large", "grouped", "read_flags", "parse_args"]),
+    (EVERY, ["STOPPING", "ignored", "StopSignal"]),
+    (ONLINE, ["SeededEpisodes", "steps_of", "phases", "own_rules"]),
+    (OFFLINE, ["SeededEpisodes", "steps_of", "phases", "own_rules"]),
+    (OFFLINE, ["load_dataset", "check_numbers", "check_dataset"]),
     # speed, and what holds it together
-    (EVERY, ["Captured", "accelerate", "replay", "main"]),
-    ([*MIRROR, "sac_online"], ["FastMish"]),
+    (EVERY, ["Captured", "go_eager", "OrEager", "run_to_the_end", "leave", "cli", "replay"]),
+    (ONLINE, ["main"]),
+    (MISH, ["FastMish", "accelerate"]),
+    (GELU, ["accelerate"]),
     # method
     (EVERY, ["move_towards"]),
-    ([*MIRROR, *MVP], ["FirstLayer"]),
-    ([*MIRROR, "sac_online"], ["linear"]),
+    ([*MIRROR, *GELU], ["FirstLayer"]),
+    (MISH, ["linear"]),
     (MIRROR, ["TIME_DIM", "MLP", "QNetwork", "TwinCritic", "take"]),
     (MIRROR, ["select_action", "critic_loss", "mirror_descent_targets", "update_critic"]),
     (MIRROR, ["update_q_statistics", "policy_lr_at", "prepare_update", "update_alpha"]),
@@ -43,29 +61,20 @@ SHARED = [
     ),
     (FPMD, ["MODES", "DEPLOYED", "cost_of"]),
     (MIRROR, ["RISING"]),
-    (MVP, ["linear", "MLP", "MeanVelocityField", "QNetwork", "TwinCritic", "take"]),
-    (MVP, ["generate", "propose", "select_action", "act_one_step", "act_best_of_n"]),
+    (GELU, ["linear", "MLP", "QNetwork", "take", "select_action"]),
+    (MVP, ["MeanVelocityField", "TwinCritic"]),
+    (MVP, ["generate", "propose", "act_one_step", "act_best_of_n"]),
     (MVP, ["act_explore", "MODES", "DEPLOYED", "cost_of", "prepare_update"]),
     (MVP, ["update_critic"]),
-    ([*MVP, "sac_online"], ["AT_MOST_ONE"]),
+    (["mvp_online", "sac_online"], ["AT_MOST"]),
 ]
 
 # blocks that a script legitimately lacks or has otherwise, and why
 CHUNKS = "actions come in chunks"
-TWO_PHASES = "a dataset is learnt from first"
-GELU = "its activation is GELU, which needs no faster formula"
 EXCEPTIONS = {
     ("mvp_offline_to_online", "ReplayBuffer"): CHUNKS,
     ("mvp_offline_to_online", "evaluate"): CHUNKS,
-    ("mvp_offline_to_online", "SeededEpisodes"): "OGBench draws from numpy's global generator",
-    ("mvp_offline_to_online", "updates_due"): TWO_PHASES,
-    ("mvp_offline_to_online", "train"): TWO_PHASES,
-    ("mvp_offline_to_online", "Run"): TWO_PHASES,
-    ("mvp_offline_to_online", "check_args"): TWO_PHASES,
     ("mvp_offline_to_online", "replay"): CHUNKS,
-    ("mvp_offline_to_online", "main"): TWO_PHASES,
-    ("mvp_offline_to_online", "accelerate"): GELU,
-    ("mvp_online", "accelerate"): GELU,
     ("dpmd_online", "mirror_descent_targets"): "it has no particles",
     ("dpmd_online", "update_q_statistics"): "it has no particles",
     ("dpmd_online", "update"): "it has no particles and no bfloat16",

@@ -1,5 +1,6 @@
 """What users rely on: the command line, refusals, files, a script that stands alone."""
 
+import csv
 import importlib
 import json
 import re
@@ -10,8 +11,10 @@ import sys
 from dataclasses import fields, replace
 from importlib import metadata
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -64,9 +67,10 @@ def test_help_is_clean(script):
 @pytest.mark.parametrize("script", FILES, indirect=True)
 def test_every_argument_is_used_and_explained(script):
     source = FILES[script.__name__].read_text()
-    body = source.split("class Args:")[1]
+    body = source.split("class Args:", 1)[1]
     for field in fields(script.Args):
-        assert re.search(rf"^    {field.name}: .*  # \w", body, re.MULTILINE), field.name
+        beside, above = rf"^    {field.name}: .*  # \w", rf"^    # \w.*\n    {field.name}: "
+        assert re.search(f"{beside}|{above}", body, re.MULTILINE), field.name
         assert re.search(rf"\bargs\.{field.name}\b", body), f"{field.name} is never used"
 
 
@@ -91,10 +95,10 @@ def test_documented_commands_work(command, tmp_path, monkeypatch):
     script.main(script.parse_args([*command[2:], *small]))
 
 
-@pytest.mark.parametrize("command", list(commands([OFFLINE])))
+@pytest.mark.parametrize("command", list(commands(OFFLINE)))
 def test_documented_offline_commands_parse(command):
-    """They are run in test_offline_to_online.py, on data that needs no download."""
-    script = importlib.import_module(OFFLINE)
+    """They are run in those scripts' own tests, on data that needs no download."""
+    script = importlib.import_module(Path(command[1]).stem)
     args = script.parse_args([] if "--evaluate" in command else command[2:])
     script.check_args(args)
     assert script.choose_device(args).type == "cpu" and args.env_id.startswith("ogbench:")
@@ -103,31 +107,28 @@ def test_documented_offline_commands_parse(command):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--env-id Antt-v4", "near it: Ant-v4"),
-        ("--env-id dm_control/cheetah-rum-v0", "dm_control/cheetah-run-v0"),
+        ("--env-id Antt-v4", "Did you mean: `Ant`?"),
+        ("--env-id dm_control/cheetah-rum-v0", "Did you mean: `cheetah-run`?"),
         ("--env-id no_such_module:Env-v0", "No module named 'no_such_module'"),
         ("--env-id CartPole-v1", "Discrete(2)"),
-        ("--env-id probe_envs:Unbounded-v0", "only bounded vectors"),
-        ("--env-id probe_envs:Scalar-v0", "only bounded vectors"),
-        ("--env-id probe_envs:Image-v0", "images will not"),
+        ("--env-id probe_envs:Unbounded-v0", "bounds -inf, inf of action 0; they must rise"),
+        ("--env-id probe_envs:Image-v0", "do not learn from images"),
         ("--env-id Pusher-v4", "mujoco<3"),
         ("--env-id CarRacing-v3", "Box2D is not installed"),
-        ("--resume missing", "missing is missing"),
+        ("--resume missing", "--resume 'missing': there is no checkpoint.pt"),
         ("--resume truncated.pt", "damaged"),
         ("--resume foreign.pt", "no checkpoint.pt"),
-        ("--evaluate missing.pt", "missing"),
+        ("--evaluate missing.pt", "--evaluate 'missing.pt': there is no policy.pt"),
         ("--evaluate truncated.pt", "damaged"),
         ("--evaluate foreign.pt", "no policy.pt"),
         ("--total-timesteps 0", "--total-timesteps 0 must be above 0"),
         ("--num-envs -1", "--num-envs -1 must be above 0"),
         ("--eval-episodes 0", "--eval-episodes 0 must be"),
         ("--eval-every -1", "--eval-every -1 must be 0 or more"),
-        (
-            "--batch-size 200",
-            "--batch-size 200 must be above 0 and at most --learning-starts",
-        ),
+        ("--batch-size 200", "--batch-size must be at most --learning-starts"),
+        ("--num-envs 500", "--num-envs must be at most --total-timesteps"),
         ("--learning-starts 500", "at most --total-timesteps"),
-        ("--buffer-size 1", "--num-envs 2"),
+        ("--buffer-size 1", "--num-envs must be at most --buffer-size"),
         ("--gamma 0", "--gamma 0.0 must be above 0"),
         ("--gamma 1.01", "--gamma 1.01 must be above 0 and at most 1"),
         ("--tau 2", "--tau 2.0 must be"),
@@ -155,19 +156,19 @@ def test_bad_input_is_refused(script, tmp_path, monkeypatch, capsys, flags, mess
         *[(name, "--policy-lr 1e-3 0", "--policy-lr 0.0 must be above 0") for name in MIRROR],
         *[(name, "--temperature 0", "--temperature 0.0") for name in MIRROR],
         *[(name, "--particle-temperature 0", "--particle-temperature 0.0") for name in FPMD],
-        *[(name, "--policy-lr-decay 9 9", "9 9 must be 0 or more and rise") for name in MIRROR],
-        *[(name, "--policy-lr-decay -5 9", "-5 9 must be 0 or more and rise") for name in MIRROR],
-        ("mvp_online", "--policy-lr 0", "--policy-lr 0.0 must be above 0 and finite"),
-        ("mvp_online", "--ivc-coef -1", "--ivc-coef -1.0 must be 0 or more and finite"),
+        *[(name, "--policy-lr-decay 9 9", "9 9 must rise, from 0 or more") for name in MIRROR],
+        *[(name, "--policy-lr-decay -5 9", "-5 9 must rise, from 0 or more") for name in MIRROR],
+        ("mvp_online", "--policy-lr 0", "--policy-lr 0.0 must be above 0 and at most"),
+        ("mvp_online", "--ivc-coef -1", "--ivc-coef -1.0 must be 0 or more and at most"),
         ("mvp_online", "--ivc-coef nan", "--ivc-coef nan must be 0 or more"),
         ("mvp_online", "--hidden-layers 0", "--hidden-layers 0 must be above 0"),
         ("mvp_online", "--prior-std 0", "--prior-std 0.0 must be above 0"),
-        ("sac_online", "--policy-lr 0", "--policy-lr 0.0 must be above 0 and finite"),
+        ("sac_online", "--policy-lr 0", "--policy-lr 0.0 must be above 0 and at most"),
         ("sac_online", "--alpha-init 0", "--alpha-init 0.0 must be above 0"),
         ("sac_online", "--hidden-layers 0", "--hidden-layers 0 must be above 0"),
-        ("sac_online", "--log-std-range 1 -1", "--log-std-range 1.0 -1.0 must be finite and rise"),
-        ("sac_online", "--log-std-range -inf 1", "--log-std-range -inf 1.0 must be finite"),
-        ("sac_online", "--log-std-range -5 nan", "--log-std-range -5.0 nan must be finite"),
+        ("sac_online", "--log-std-range 1 -1", "--log-std-range 1.0 -1.0 must rise"),
+        ("sac_online", "--log-std-range -inf 1", "--log-std-range -inf 1.0 must rise"),
+        ("sac_online", "--log-std-range -5 nan", "--log-std-range -5.0 nan must rise"),
     ],
     indirect=["script"],
 )
@@ -266,26 +267,64 @@ def test_run_directory(script, run):
     header = (run_dir / "evaluations.csv").read_text().split("\n")[0]
     assert header == (
         "global_step,updates,wall_time,mode,nfe,num_candidates,"
-        "return_mean,return_std,success_rate,returns"
+        "return_mean,return_std,success_rate,episodes_cut,returns"
     )
-    steps = [int(line.split(",")[0]) for line in (run_dir / "metrics.csv").read_text().split()[1:]]
-    assert steps == [200, 300, 400]
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["global_step"] for row in rows] == ["100", "200", "300", "400"]
+    charts = ["charts/episodic_return", "charts/episodic_length", "charts/SPS"]
+    now = ["global_step", "updates", "wall_time"]
+    assert list(rows[0]) == [*now, *charts, *script.METRICS]
+    learnt = [[row[name] != "" for name in script.METRICS] for row in rows]
+    assert not any(learnt[0]) and all(map(all, learnt[1:]))  # learning starts at step 100
+    assert all(row[name] for row in rows for name in charts)
     saved = load(run_dir, "policy.pt")
-    assert set(saved) == {"policy", "critics", "args", "global_step"}
+    assert set(saved) == {"algorithm", "policy", "critics", "args", "global_step"}
     policy = script.Agent(1, 1, script.Args(hidden_dim=16), torch.device("cpu")).policy
     assert set(saved["policy"]) == {name for name, _ in policy.named_parameters()}
     assert type(saved["args"]) is dict and saved["global_step"] == 400
     policy.load_state_dict(saved["policy"])
 
 
-def test_two_launches_in_one_second_do_not_share(script, run, monkeypatch):
+def choices():
+    """Every script with each value of the flags that change what an update does."""
+    for name in FILES:
+        types = get_type_hints(importlib.import_module(name).Args)
+        flags = {"weight_mode", "imitation_target"} & types.keys()
+        found = [(flag, value) for flag in sorted(flags) for value in get_args(types[flag])]
+        for flag, value in found or [(None, "")]:
+            yield pytest.param(name, {flag: value} if flag else {}, id=f"{name}-{value}")
+
+
+@pytest.mark.parametrize(("script", "choice"), list(choices()), indirect=["script"])
+def test_metrics_are_what_an_update_returns(script, choice):
+    """METRICS names the columns of metrics.csv and of a checkpoint before there are any."""
+    args = script.Args(**known(script, SMALL), **choice)
+    agent = script.Agent(3, 2, args, torch.device("cpu"))
+    size = args if hasattr(args, "chunk_size") else args.buffer_size
+    buffer = script.ReplayBuffer(size, 3, 2, torch.device("cpu"))
+    draw = np.random.default_rng(0)
+    buffer.add(**{name: draw.random((50, *shape)) for name, shape in buffer.shapes.items()})
+    generator = torch.Generator().manual_seed(0)
+    assert script.prepare_update(agent, args)  # the first one improves the policy
+    metrics = script.update(agent, buffer.sample(16, generator), args, generator, True)
+    charts = {"charts/success"} if script.__name__ in OFFLINE else set()  # of the loop, not of it
+    assert len(script.METRICS) == len(set(script.METRICS))
+    assert set(script.METRICS) == metrics.keys() | charts
+
+
+def test_two_launches_in_one_second_do_not_share(script, run, monkeypatch, capsys):
     settings = {"env_id": "probe_envs:Constant-v0", "total_timesteps": 110, "utd": 0.1}
     assert len({run(**settings) for _ in range(3)}) == 3
     monkeypatch.setattr(script.time, "time_ns", lambda: 0)  # nor in one microsecond
     monkeypatch.setattr(script.time, "strftime", lambda form: "now")
-    run(**settings)
-    with pytest.raises(FileExistsError):
+    run_dir = run(**settings)
+    before = {path: path.stat().st_mtime_ns for path in sorted(run_dir.iterdir())}
+    with pytest.raises(SystemExit) as stopped:
         run(**settings)
+    line = f"cannot make the run directory {run_dir}: File exists"
+    assert stopped.value.code == 2 and line in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in sorted(run_dir.iterdir())} == before
 
 
 def test_replay_prints_returns_and_latency(script, run, capsys):
@@ -315,7 +354,14 @@ def test_replay_on_another_env_is_refused(script, run, capsys):
 
 
 @pytest.mark.parametrize(
-    "env_id", ["Ant-v4", "HalfCheetah-v5", "dm_control/walker-walk-v0", "probe_envs:Both-v0"]
+    "env_id",
+    [
+        "Ant-v4",
+        "HalfCheetah-v5",
+        "dm_control/walker-walk-v0",
+        "probe_envs:Both-v0",
+        "probe_envs:Scalar-v0",  # its action is a number, not a vector
+    ],
 )
 def test_environments_train_with_the_same_command(script, run, env_id):
     run_dir = run(env_id=env_id, total_timesteps=150)
@@ -380,4 +426,4 @@ def test_readme_snippet_acts(script, run, monkeypatch):
     monkeypatch.chdir(run_dir)
     names = {}
     exec(snippet, names)
-    assert names["obs"].shape == (11,) and names["env"].episode["count"] == 1
+    assert names["obs"].shape == (11,) and names["env"].count == 1

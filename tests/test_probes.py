@@ -1,5 +1,7 @@
 """The real main() on probe environments of increasing difficulty: values in closed form."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import MIRROR, fpmd_only, known, load
@@ -86,8 +88,12 @@ def test_time_limit_is_no_termination(script, run):
     assert q_values(agent, 0) == pytest.approx(0.2 / (1 - 0.9), abs=0.15)
 
 
+OTHER_MODES = "clip_alpha", "none", "particles"
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
+
+
 @fpmd_only
-@pytest.mark.parametrize("weight_mode", ["temperature", "clip_alpha", "none", "particles"])
+@pytest.mark.parametrize("weight_mode", ["temperature", *map(SLOW, OTHER_MODES)])
 def test_reward_depends_on_action(script, run, weight_mode):
     """The deployed policy, one candidate from one step, finds an optimum inside the box."""
     assert_finds_the_optimum(script, run, weight_mode=weight_mode)

@@ -49,9 +49,10 @@ def test_resumed_equals_uninterrupted(script, run, env_id):
     resumed = run(env_id=env_id, total_timesteps=200, **decay)
     before = load(resumed)
     # the policy of one script or another has just fallen in one of its two environments
-    assert any(len(e["actions"]) for e in before["episodes"]), "not in mid-episode"
+    assert any(len(e["actions"]) for e in before["envs"]["episodes"]), "not in mid-episode"
+    header = (resumed / "metrics.csv").read_text().partition("\n")[0]
     with (resumed / "metrics.csv").open("a") as file:  # a killed run's rows after its checkpoint
-        file.write("300," + "9," * 5 + "\n3")  # the last one torn off within its step
+        file.write("300" + ",9" * header.count(",") + "\n3")  # the last one torn off in its step
     again = script.main(
         script.Args(**(before["args"] | {"resume": str(resumed), "total_timesteps": 360}))
     )
@@ -148,13 +149,13 @@ def test_a_signal_saves_and_the_run_goes_on(script, run, tmp_path, signum):
 
 
 def test_a_signal_during_an_evaluation_saves_at_once(script, run, monkeypatch, tmp_path):
-    """The evaluation is given up, the step is saved, and training goes on as if not stopped."""
-    straight = run(env_id="Hopper-v4", total_timesteps=300)
+    """The evaluation is given up, the step is saved, and a resumed run makes good for it first."""
+    straight = run(env_id="Hopper-v4", total_timesteps=300, eval_every=200, eval_episodes=2)
     *modes, last = MODES_OF[script.__name__]
     act = script.MODES[last]
 
     def interrupted(*arguments):
-        signal.raise_signal(signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # raise_signal would be for this thread alone
         return act(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
@@ -165,7 +166,8 @@ def test_a_signal_during_an_evaluation_saves_at_once(script, run, monkeypatch, t
     assert [row[2] for row in rows(run_dir, "evaluations")] == ["mode", *modes]
     args = script.Args(**load(run_dir)["args"])
     script.main(replace(args, resume=str(run_dir), total_timesteps=300))
-    assert differences(load(straight)["agent"], load(run_dir)["agent"]) == []
+    assert differences(load(straight), load(run_dir)) == []
+    assert rows(straight, "evaluations") == rows(run_dir, "evaluations")
 
 
 @pytest.mark.parametrize("log_every", [120, 1000])
@@ -181,7 +183,7 @@ def test_divergence_stops_before_the_next_checkpoint(script, run, monkeypatch, t
         return metrics
 
     monkeypatch.setattr(script, "update", diverging)
-    with pytest.raises(SystemExit, match=r"diverged: .+ is NaN or infinite at step 360"):
+    with pytest.raises(SystemExit, match=r"diverged: .+ at step 3\d\d; step 240 is saved"):
         run(env_id="Hopper-v4", checkpoint_every=120, log_every=log_every, utd=0.2)
     (run_dir,) = tmp_path.glob("runs/*")
     saved = load(run_dir)
@@ -214,6 +216,6 @@ def test_checkpoints_are_written_whole(script, run, monkeypatch):
 
     monkeypatch.setattr(torch, "save", crashing)
     args = script.Args(**load(run_dir)["args"])
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(SystemExit):
         script.main(replace(args, resume=str(run_dir), total_timesteps=300))
     assert load(run_dir)["global_step"] == load(run_dir, "policy.pt")["global_step"] == 200

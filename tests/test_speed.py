@@ -11,11 +11,13 @@ from conftest import (
     FakeGraph,
     flows_only,
     known,
+    load,
     one_update,
     randomise,
     recordable,
     rng,
 )
+from test_resume import differences
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = [pytest.param("cpu", marks=COMPILER), pytest.param("cuda", marks=CUDA)]
@@ -37,6 +39,7 @@ def agent_after(script, updates, fast, device="cpu", **changes):
         batch["next_obs"] = torch.randn((16, 3), generator=draw)
         batch = {key: value.to(device) for key, value in batch.items()}
         metrics = one_update(script, agent, batch, args, generator, improve)
+    assert not fast or improve.function is not improve.plain, "went on without compiling"
     return agent, metrics
 
 
@@ -67,20 +70,37 @@ def test_main_compiles_what_an_update_runs(script, run, monkeypatch):
     for flag in False, True:
         assert compiled == []
         run(env_id="probe_envs:Constant-v0", total_timesteps=110, utd=0.1, compile=flag)
-    probe, *networks, loss = compiled
+    *networks, loss = compiled
     policy = script.Agent(1, 1, script.Args(hidden_dim=1), torch.device("cpu")).policy
-    assert probe is torch.exp and loss is script.policy_loss
+    assert loss is script.policy_loss
     assert [type(network) for network in networks] == [type(policy)] + 2 * [script.TwinCritic]
 
 
-def test_without_a_compiler_one_line_and_on(script, run, monkeypatch, capsys):
+@pytest.mark.parametrize("what", ["everything", "the policy's loss"])
+def test_without_a_compiler_one_line_and_on(script, run, monkeypatch, capsys, what):
+    """From the first action on, or only after the critics' step: the run is a plain one."""
+    plain = run(env_id="probe_envs:Constant-v0", total_timesteps=150, utd=0.1)
+    stances, failed = [], []
+
     def compile(function, **how):
-        raise RuntimeError("no compiler here\nand more about it")
+        def compiled(*args, **options):
+            works = what != "everything" and function is not script.policy_loss
+            if works or stances:  # as torch.compile does once it has been told
+                return function(*args, **options)
+            failed.append(function)
+            raise RuntimeError("no compiler here\nand more about it")
+
+        return compiled
 
     monkeypatch.setattr(torch, "compile", compile)
-    run(env_id="probe_envs:Constant-v0", total_timesteps=110, utd=0.1, compile=True)
+    monkeypatch.setattr(torch.compiler, "set_stance", stances.append)
+    run_dir = run(env_id="probe_envs:Constant-v0", total_timesteps=150, utd=0.1, compile=True)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "compile" in line]
-    assert line == "going on without --compile: no compiler here"
+    start = f"{script.__name__}.py: warning: going on without --compile, which needs g++"
+    assert line.startswith(start)
+    assert line.endswith(": no compiler here")
+    assert stances == ["force_eager"] and len(failed) == 1
+    assert differences(load(plain), load(run_dir)) == ["/args/compile"]
 
 
 @flows_only

@@ -15,6 +15,7 @@ import pytest
 import sync_shared
 import torch
 from conftest import FILES, OFFLINE, ROOT, SMALL, known
+from packaging.requirements import Requirement
 from sync_shared import EXCEPTIONS, SHARED, blocks, sharing, sync
 
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
@@ -70,8 +71,14 @@ def test_lines_are_light(name):
 
 @each_file
 def test_a_script_can_be_read_in_one_sitting(name):
-    """46 kB was the aim; what the dense files held takes this much in plain statements."""
-    assert FILES[name].stat().st_size <= 55_500
+    """What is read, parts 1 and 2, stays below 28 kB, and the file below 88 kB.
+
+    46 kB a file was the aim. It held before a run had to survive strangers: part 3, the same text
+    in every script, is what checks, refuses, saves and resumes.
+    """
+    lines = FILES[name].read_text().splitlines(keepends=True)
+    assert len("".join(lines[: banners(name)["3 PLUMBING"] - 1]).encode()) <= 28_000
+    assert FILES[name].stat().st_size <= 88_000
 
 
 @each_file
@@ -188,7 +195,7 @@ def test_golf_is_seen():
 def hidden_doors(tree):
     """Functions put into attributes, where an editor's go-to-definition ends."""
     known_functions = {node.name for node in functions(tree)}
-    makers = {"partial", "torch.compile", "Captured"}
+    makers = {"partial", "torch.compile", "Captured", "OrEager"}
 
     def is_function(value):
         if isinstance(value, ast.Call):
@@ -277,7 +284,7 @@ def test_exceptions_are_needed(exception):
 
 
 METHOD = {"Args", "AverageVelocityField", "VelocityField", "Agent", "generate", "policy_loss"}
-METHOD |= {"update_policy", "MAY_BE_ZERO", "AT_MOST_ONE", "OneStepPolicy"}
+METHOD |= {"update_policy", "MAY_BE_ZERO", "AT_MOST", "OneStepPolicy"}
 
 
 def test_the_diff_of_fpmds_two_scripts_is_the_method():
@@ -394,7 +401,7 @@ def test_inline_metadata_are_the_requirements(name):
     """`uv run <script>` on the copied file installs what requirements.txt says."""
     metadata = pep_723(FILES[name].read_text())
     wanted = pins((ROOT / "requirements.txt").read_text())
-    if name == OFFLINE:  # it may bring its benchmark along, as tests do
+    if name in OFFLINE:  # it may bring its benchmark along, as tests do
         tests = pins((ROOT / "tests" / "requirements.txt").read_text())
         optional = {pin for pin in tests if pin.startswith("ogbench==")}
         wanted |= optional & set(metadata["dependencies"])
@@ -414,16 +421,20 @@ def test_a_script_imports_only_what_requirements_install(name):
             modules.add(node.module.split(".")[0])
     text = (ROOT / "requirements.txt").read_text()
     allowed = {re.split(r"[=\[<>]", line)[0] for line in text.splitlines() if line[:1].isalpha()}
-    allowed |= {"ogbench"} if name == OFFLINE else set()  # without it, it says so and stops
-    assert modules - sys.stdlib_module_names <= allowed
+    allowed |= {"ogbench"} if name in OFFLINE else set()  # without it, it says so and stops
+    modules = {name.replace("_", "-") for name in modules - sys.stdlib_module_names}
+    assert modules <= allowed
 
 
 def test_requirements_are_pinned_and_installed():
     for path in (ROOT / "requirements.txt", ROOT / "tests/requirements.txt"):
         for pin in pins(path.read_text()):
-            name, _, version = pin.partition("==")
-            installed = importlib.metadata.version(name.split("[")[0])
-            assert version and installed.split("+")[0] == version, pin
+            requirement = Requirement(pin)
+            (pinned,) = requirement.specifier
+            assert pinned.operator == "=="
+            if requirement.marker is None or requirement.marker.evaluate():
+                installed = importlib.metadata.version(requirement.name)
+                assert installed.split("+")[0] == pinned.version, pin
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ruff") is None, reason="ruff is not installed")
