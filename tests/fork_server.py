@@ -63,6 +63,8 @@ class Process:
     def send(self, signum: int, group: bool = False) -> None:
         """A signal to the process or to all of its group; it may have ended meanwhile."""
         with contextlib.suppress(ProcessLookupError):
+            while os.getpgid(self.pid) != self.pid:  # forked, but not yet in a session of its own
+                time.sleep(0.001)
             (os.killpg if group else os.kill)(self.pid, signum)
 
 
