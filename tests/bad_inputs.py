@@ -802,6 +802,7 @@ def dataset_file_cases(name: str) -> Iterator[Case]:
 # ---------------------------------------------------------------------------- benchmark
 NEEDS = {  # what a program cannot do without, so that the flag under test is what is wrong
     "collect": ["run", "--output", "out.csv"],
+    "plot": ["run", "--output", "out.png"],
     "precision": ["run", "--output", "out.csv"],
     "evaluation_cost": ["run", "--output", "out.csv"],
     "make_dataset": ["pointmaze-medium", "--output", "out.npz"],

@@ -35,7 +35,6 @@ def read_run(run_dir: Path) -> list[dict]:
     refuse_other_folders(run_dir)
     evaluations = read_evaluations(run_dir)
     if not evaluations:
-        leave_out(run_dir, "no evaluations yet")
         return []
     args = read_args(run_dir)
     versions = read_json(run_dir / "versions.json")
@@ -86,7 +85,11 @@ def main() -> None:
     args = parser.parse_args()
     runs = gather(args.sources)
     if not runs:
-        fail("nothing to write: no run has an evaluation yet")
+        names = ", ".join(map(str, args.sources))
+        fail(f"nothing to write: no run in {names} has an evaluation yet")
+    for source in sorted(all_run_dirs(args.sources)):
+        if source.suffix != ".csv" and not read_evaluations(source):
+            leave_out(source, "no evaluations yet")
     rows = [row for own in runs.values() for row in own]
     write_csv(rows, args.output)
     print(f"{len(runs)} runs, {len(rows)} rows in {args.output}")
