@@ -826,7 +826,7 @@ def make_env(env_id: str, index: int = 0, film: bool = False, env_kwargs: str = 
 
         near = difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4)
         known = ""
-        if isinstance(error, gym.error.UnregisteredEnv):
+        if near and isinstance(error, gym.error.UnregisteredEnv):
             known = f" Ids near it: {', '.join(near)}"
         fail(f"cannot make {env_id!r}: {reason(error)}{known}")
     raw = env.unwrapped
@@ -1669,10 +1669,11 @@ def ignored(signum: int) -> bool:
 
 
 class StopSignal:
-    """Note the first signal that asks to stop, to save and end; a second exits at once."""
+    """Note the first signal that asks to stop, to save and end; a later one exits at once."""
 
     def __init__(self):
         self.signum = None
+        self.since = 0.0
 
     def __bool__(self) -> bool:
         return self.signum is not None
@@ -1693,9 +1694,12 @@ class StopSignal:
             signal.signal(signum, handler)
 
     def note(self, signum: int, _frame) -> None:
-        if self:
+        # timeout, the program, signals a process and then its group: that is one wish
+        if self and time.monotonic() - self.since > 1:
             sys.exit(128 + signum)
-        self.signum = signum
+        if not self:
+            self.signum = signum
+            self.since = time.monotonic()
 
 
 # ============ 4 SPEED: compiled and recorded updates; the deployed policy; main

@@ -125,6 +125,26 @@ def test_ctrl_c_spares_the_compiler_and_the_run_is_saved(script, tmp_path):
     assert load(run_dir)["global_step"] > 100
 
 
+@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGHUP])
+def test_two_signals_at_once_are_one(script, tmp_path, second):
+    """GNU timeout signals a process and then its group, this process included."""
+    settings = known(script, SMALL) | {"env_id": "Hopper-v4", "total_timesteps": 1_000_000}
+    command = [sys.executable, str(FILES[script.__name__]), *as_flags(settings)]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while not list(tmp_path.glob("runs/*/metrics.csv")) and time.time() < deadline:
+        time.sleep(0.1)
+    for signum in signal.SIGTERM, second:
+        process.send_signal(signum)
+        time.sleep(0.003)
+    _, stderr = process.communicate(timeout=60)
+    (run_dir,) = tmp_path.glob("runs/*")
+    either = 128 + signal.SIGTERM, 128 + second  # whichever Python handles first
+    assert process.returncode in either and "stopped; go on" in stderr
+    assert load(run_dir)["global_step"] > 100
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_run_goes_on(script, run, tmp_path, signum):
     """Exit status 128 + signal, a checkpoint at the step it stopped, and an exact continuation."""
