@@ -16,6 +16,7 @@ SPEED = {  # script: --settings and --modes of speed.py
     "fpmd_meanflow_online": ("32,1", MODES),
     "fpmd_online": ("32,20", MODES),
     "mvp_online": ("32,1", "eager compiled graph captured captured-tf32"),
+    "meanflowql_offline_to_online": ("", "eager compiled graph captured captured-tf32"),
     "sac_online": ("", "eager compiled graph captured captured-tf32"),
 }
 FLAGS = ["--precision=tf32", "--torch-threads=1"]  # of the runs; JAX, too, multiplies in TF32

@@ -22,9 +22,11 @@ SETTINGS = {  # script: its (num_candidates, flow_steps)
     "fpmd_online": [(32, 20), (32, 1), (8, 1)],
     "fpmd_meanflow_online": [(32, 1), (8, 1)],
     "mvp_online": [(32, 1), (8, 1)],
+    "meanflowql_offline_to_online": [(5, "")],
     "sac_online": [("", "")],
 }
-FLOWS = [name for name in SETTINGS if name != "sac_online"]
+WHOLE = "meanflowql_offline_to_online", "sac_online"  # their updates are not taken apart
+FLOWS = [name for name in SETTINGS if name not in WHOLE]
 MODES = {  # on the command line: (mode, precision) in the CSV
     "eager": ("eager", "float32"),
     "compiled": ("compiled", "float32"),
@@ -113,7 +115,7 @@ def policy_delay(args) -> int:
 def functions(case: Case) -> dict[str, tuple[Callable, int]]:
     """{measurement: (function, how often one call does it)}, those of PER_CASE and one-step."""
     module, args, agent, rng = case.module, case.args, case.agent, case.rng
-    if not hasattr(module, "propose"):  # SAC: all of an update is learning
+    if case.script not in FLOWS:
         return whole_functions(case)
     next_obs, std = case.batch["next_obs"], torch.tensor(0.1, device=case.device)
     rows = args.num_candidates, args.batch_size
