@@ -10,6 +10,9 @@ Below, e ~ N(0, I), d is act_dim, and Q' are the target critics.
     policy_loss   alpha log pi(a|s) - min(Q_1, Q_2)(s, a)  for a new a at s
     update_alpha  log alpha (H - H_target)  with  H = -E[log pi],  H_target = -d
 
+With --num-atoms above 1 the critics predict distributions (C51), as fpmd_plus_online.py's do:
+the cross entropy of Z_j(s, a) with the distribution of y, that of the critic of smaller mean.
+
     python baselines/sac_online.py --env-id Ant-v4
     python baselines/sac_online.py --evaluate runs/<run>/policy.pt --eval-episodes 10
 
@@ -18,6 +21,12 @@ The defaults match fpmd_online.py's networks, critics and budget; CleanRL's sett
     python baselines/sac_online.py --num-envs 1 --learning-starts 5000 --utd 1 --reward-scale 1 \
         --hidden-layers 2 --activation relu --log-std-range -5 2 --critic-lr 1e-3 --critic-steps 1 \
         --alpha-init 1 --alpha-lr 1e-3
+
+with the critic of fpmd_plus_online.py:
+
+    python baselines/sac_online.py --num-envs 1 --learning-starts 5000 --utd 1 --reward-scale 1 \
+        --normalize-rewards --num-atoms 101 --critic-layer-norm --hidden-layers 2 \
+        --activation relu --log-std-range -5 2 --critic-steps 1 --alpha-init 0.1
 
 Four parts: 1 METHOD, 2 TRAINING, 3 PLUMBING, 4 SPEED. Stop after part 2, and you have read
 the algorithm end to end, from env.step to the optimizers.
@@ -98,6 +107,10 @@ class Args:
     learning_starts: int = 30_000  # random environment steps before learning
     utd: float = 0.2  # update-to-data ratio: gradient updates per environment step
     reward_scale: float = 0.2  # rewards are multiplied by this
+    normalize_rewards: bool = False  # and divided by a running scale of discounted returns
+    num_atoms: int = 1  # K of a return's distribution (C51), 1: its mean alone, squared error
+    v_max: float = 5.0  # atoms lie in [-v_max, v_max], in which normalised returns fit
+    critic_layer_norm: bool = False  # LayerNorm in the critics
     tanh_correction: bool = True  # log pi is the action's, or that of u, as FPMD's authors do
     log_std_range: tuple[float, float] = (-20.0, 0.5)  # log std is clipped to this
     critic_lr: float = 3e-4  # Adam step size of the critics
@@ -130,15 +143,18 @@ def linear(in_dim: int, out_dim: int, fan_in: int, bias: bool = True) -> nn.Line
 
 
 class MLP(nn.Sequential):
-    """Linear layers, with an activation after every hidden one."""
+    """Linear layers, an activation after every hidden one (and LayerNorm before, if asked)."""
 
-    def __init__(self, in_dim: int, out_dim: int, args: Args):
+    def __init__(self, in_dim: int, out_dim: int, args: Args, norm: bool = False):
         activation = {"mish": nn.Mish, "gelu": nn.GELU, "relu": nn.ReLU}[args.activation]
         hidden = []
         dim = in_dim
         for _ in range(args.hidden_layers):
-            hidden += [linear(dim, args.hidden_dim, fan_in=dim), activation()]
+            hidden.append(linear(dim, args.hidden_dim, fan_in=dim))
             dim = args.hidden_dim
+            if norm:
+                hidden.append(nn.LayerNorm(dim))
+            hidden.append(activation())
         super().__init__(*hidden, linear(dim, out_dim, fan_in=dim))
 
 
@@ -158,23 +174,69 @@ class GaussianPolicy(nn.Module):
 
 
 class QNetwork(MLP):
-    """An action value Q(s, a): obs (B, obs_dim), actions (B, act_dim) -> (B,)."""
+    """Logits of the return's distribution: obs (B, obs_dim), actions (B, act_dim) -> (B, K)."""
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
-        return super().forward(torch.cat([obs, actions], -1)).squeeze(-1)
+        return super().forward(torch.cat([obs, actions], -1))
 
 
 class TwinCritic(nn.Module):
-    """Two independent action values Q_1 and Q_2."""
+    """Two independent distributions of the return Z(s, a) on K atoms; Q is their mean."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        self.q1 = QNetwork(obs_dim + act_dim, 1, args)
-        self.q2 = QNetwork(obs_dim + act_dim, 1, args)
+        sizes = obs_dim + act_dim, args.num_atoms, args, args.critic_layer_norm
+        self.q1 = QNetwork(*sizes)
+        self.q2 = QNetwork(*sizes)
+        self.register_buffer("atoms", torch.linspace(-args.v_max, args.v_max, args.num_atoms))
+
+    def logits(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """Of Z_1 and Z_2: obs (B, obs_dim), actions (B, act_dim) -> (2, B, K)."""
+        return torch.stack([self.q1(obs, actions), self.q2(obs, actions)])
+
+    def mean(self, logits: Tensor) -> Tensor:
+        """(..., K) -> Q (...); a single logit is Q itself."""
+        if len(self.atoms) == 1:
+            return logits.squeeze(-1)
+        return logits.softmax(-1) @ self.atoms
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         """obs (B, obs_dim), actions (B, act_dim) -> Q (2, B)."""
-        return torch.stack([self.q1(obs, actions), self.q2(obs, actions)])
+        return self.mean(self.logits(obs, actions))
+
+
+class RewardScale(nn.Module):
+    """What rewards are divided by, so that discounted returns fit the atoms.
+
+    max(std of the discounted return, its largest absolute value / v_max), as in SimbaV2.
+    """
+
+    def __init__(self, args: Args):
+        super().__init__()
+        self.v_max = args.v_max
+        self.fixed = not args.normalize_rewards
+        self.register_buffer("returns", torch.zeros(args.num_envs))  # G of running episodes
+        for name in "count", "mean", "squares", "largest":  # of all G so far
+            self.register_buffer(name, torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+
+    @torch.no_grad()
+    def observe(self, rewards: np.ndarray, ended: np.ndarray, gamma: float) -> None:
+        """Rewards (num_envs,) of a step, and whether it ended an episode."""
+        if self.fixed:
+            return
+        device = self.scale.device
+        self.returns.mul_(gamma).add_(torch.as_tensor(rewards, device=device))
+        # Welford's update by a batch
+        n = len(self.returns)
+        self.count += n
+        shift = self.returns - self.mean
+        self.mean += shift.sum() / self.count
+        self.squares += (shift * (self.returns - self.mean)).sum()
+        self.largest.copy_(torch.maximum(self.largest, self.returns.abs().max()))
+        std = (self.squares / self.count).sqrt()
+        self.scale.copy_(torch.maximum(std, self.largest / self.v_max).clamp(min=1e-6))
+        self.returns[torch.as_tensor(ended, device=device)] = 0
 
 
 class Agent(nn.Module):
@@ -189,6 +251,7 @@ class Agent(nn.Module):
         self.acting_policy = self.policy  # no moving average: what learns is also what acts
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha_init)))
+        self.reward_scale = RewardScale(args)
         self.to(device)
         self.device = device
         self.updates = 0
@@ -242,6 +305,15 @@ def cost_of(_mode: str, _args: Args) -> tuple[int, int]:
 
 
 # ------------ learning
+def project(p: Tensor, values: Tensor, atoms: Tensor) -> Tensor:
+    """Move probabilities p (B, K) at values (B, K) to the atoms (K,), by linear interpolation."""
+    values = values.clamp(atoms[0], atoms[-1])
+    distance = (values[:, None, :] - atoms[:, None]).abs() / (atoms[1] - atoms[0])
+    # a hat of height 1 around each new atom; a scatter would add in any order on a GPU
+    hats = (1 - distance).clamp(min=0)  # (B, K new, K old)
+    return (hats * p[:, None, :]).sum(-1)
+
+
 def critic_loss(
     critic, target_critic, batch: dict, next_actions: Tensor, bonus: Tensor, args: Args
 ):
@@ -249,12 +321,22 @@ def critic_loss(
 
     next_actions a' (B, act_dim) and their entropy bonus -alpha log pi(a'|s') (B,).
     """
+    rewards = args.reward_scale * batch["rewards"]
+    bootstrap = args.gamma * (1 - batch["terminations"])
     with torch.no_grad():
-        next_q = target_critic(batch["next_obs"], next_actions).amin(0) + bonus  # (B,)
-        bootstrap = args.gamma * (1 - batch["terminations"])
-        y = args.reward_scale * batch["rewards"] + bootstrap * next_q
-    q = critic(batch["obs"], batch["actions"])  # (2, B)
-    return (q - y).square().mean(1).sum(), q.detach()
+        next_logits = target_critic.logits(batch["next_obs"], next_actions)  # (2, B, K)
+        next_q = target_critic.mean(next_logits)  # (2, B)
+    logits = critic.logits(batch["obs"], batch["actions"])  # (2, B, K)
+    q = critic.mean(logits)
+    if args.num_atoms == 1:
+        y = rewards + bootstrap * (next_q.amin(0) + bonus)
+        return (q - y).square().mean(1).sum(), q.detach()
+    with torch.no_grad():
+        smaller = next_q.argmin(0)  # (B,)
+        p = next_logits.softmax(-1).take_along_dim(smaller[None, :, None], 0).squeeze(0)
+        values = critic.atoms + bonus[:, None]  # (B, K)
+        y = project(p, rewards[:, None] + bootstrap[:, None] * values, critic.atoms)
+    return -(y * logits.log_softmax(-1)).sum(-1).mean(1).sum(), q.detach()
 
 
 def policy_loss(policy, critic, obs: Tensor, e: Tensor, alpha: Tensor, tanh_correction: bool):
@@ -273,9 +355,12 @@ def move_towards(slow: nn.Module, fast: nn.Module, tau: float) -> None:
         torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), tau)
 
 
-def update_critic(agent: Agent, batch: dict, next_actions, bonus: Tensor, args: Args) -> dict:
+def update_critic(
+    agent: Agent, batch: dict, next_actions, bonus: Tensor, args: Args, loss_fn
+) -> dict:
     """Adam steps of the critics on one gradient; SAC's authors take one."""
-    loss, q = critic_loss(agent.critic, agent.target_critic, batch, next_actions, bonus, args)
+    batch = batch | {"rewards": batch["rewards"] / agent.reward_scale.scale}
+    loss, q = loss_fn(agent.critic, agent.target_critic, batch, next_actions, bonus, args)
     agent.optimizers["critic"].zero_grad()
     loss.backward()
     for _ in range(args.critic_steps):
@@ -283,10 +368,10 @@ def update_critic(agent: Agent, batch: dict, next_actions, bonus: Tensor, args: 
     return {"losses/critic_loss": loss.detach(), "losses/q_values": q.mean()}
 
 
-def update_policy(agent: Agent, obs, e: Tensor, alpha: Tensor, args: Args, loss_fn=None) -> dict:
+def update_policy(agent: Agent, obs, e: Tensor, alpha: Tensor, args: Args, loss_fn) -> dict:
     """Adam step on new actions at obs from noise e (B, act_dim); loss: policy_loss, compiled."""
     correction = args.tanh_correction
-    loss, entropy = (loss_fn or policy_loss)(agent.policy, agent.critic, obs, e, alpha, correction)
+    loss, entropy = loss_fn(agent.policy, agent.critic, obs, e, alpha, correction)
     agent.optimizers["policy"].zero_grad()
     loss.backward(inputs=list(agent.policy.parameters()))  # through the critics, not into them
     agent.optimizers["policy"].step()
@@ -299,7 +384,10 @@ def update_alpha(agent: Agent, entropy: Tensor, args: Args) -> None:
     agent.optimizers["alpha"].step()
 
 
-def update(agent: Agent, batch: dict, args: Args, rng, _improve_policy: bool, loss_fn=None) -> dict:
+LOSSES = critic_loss, policy_loss
+
+
+def update(agent: Agent, batch: dict, args: Args, rng, _improve_policy=True, losses=LOSSES) -> dict:
     """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
     # what changes between calls is a tensor, so that a CUDA graph can record an update
     obs = batch["obs"]
@@ -308,8 +396,8 @@ def update(agent: Agent, batch: dict, args: Args, rng, _improve_policy: bool, lo
     e, next_e = torch.randn(shape, generator=rng, device=obs.device)
     with torch.no_grad():
         actions, log_probs = sample(agent.policy, batch["next_obs"], next_e, args.tanh_correction)
-    metrics = update_critic(agent, batch, actions, -alpha * log_probs, args)
-    metrics |= update_policy(agent, obs, e, alpha, args, loss_fn)
+    metrics = update_critic(agent, batch, actions, -alpha * log_probs, args, losses[0])
+    metrics |= update_policy(agent, obs, e, alpha, args, losses[1])
     update_alpha(agent, metrics["policy/entropy"], args)
     move_towards(agent.target_critic, agent.critic, args.tau)
     return metrics | {"policy/alpha": alpha}
@@ -414,8 +502,9 @@ def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng, obs) -
         follow_steps(agent, args, run.global_step)
 
         # step, store: where an episode ended, next_obs already belongs to the one after it
-        next_obs, rewards, terminations, _, infos = envs.step_wait()
+        next_obs, rewards, terminations, truncations, infos = envs.step_wait()
         run.metrics |= infos["charts"]  # return and length of an episode that has ended
+        agent.reward_scale.observe(rewards, terminations | truncations, args.gamma)
         outcome = {"rewards": rewards, "next_obs": infos["last_obs"], "terminations": terminations}
         buffer.add(obs=obs, actions=actions, **outcome)
         obs = next_obs
@@ -1629,7 +1718,8 @@ def accelerate(
     try:
         for network in agent.policy, agent.critic, agent.target_critic:
             network.compile(dynamic=False)
-        fast = partial(improve, loss_fn=torch.compile(policy_loss, dynamic=False))
+        losses = [torch.compile(loss, dynamic=False) for loss in LOSSES]
+        fast = partial(improve, losses=losses)
     except Exception as error:
         go_eager(error)
         return explore, improve
