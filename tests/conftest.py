@@ -292,7 +292,7 @@ def first_weight(net):
 
 
 def numpy_mlp(net, x):
-    """The script's linear layers, LayerNorm and activation (Mish or GELU), in float64.
+    """The script's linear layers, LayerNorm and activation, in float64.
 
     x are all inputs side by side, in the order of the first layer's parts.
     """
@@ -308,6 +308,8 @@ def numpy_mlp(net, x):
             x = x * weights[0] + weights[1]
         elif isinstance(module, nn.GELU):
             x = x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+        elif isinstance(module, nn.ReLU):
+            x = np.maximum(x, 0)
         else:
             x = x * np.tanh(np.log1p(np.exp(x)))
     return x

@@ -166,7 +166,10 @@ REFUSED_BY_PLUS = [
     ("--noise-scale 0", "--noise-scale 0 leaves --imitation regression nothing"),
     ("--num-candidates 1", "--target-kl must be below the log of --num-candidates, 0.00"),
     *[
-        (f"--num-candidates 1 --weights best --target-kl 1 {more}", f"{more} needs --num")
+        (
+            f"--num-candidates 1 --weights best --target-kl 1 {more}",
+            f"{more.split()[0]} needs --num",
+        )
         for more in ("--td-action best", "--gradient-step 0.1")
     ],
     ("--num-atoms 1 --no-normalize-rewards --v-max 6", "--v-max does nothing"),
