@@ -1,15 +1,13 @@
 """FPMD+: one-step flow policies by mirror descent, with a critic of today.
 
-The policy is FPMD-M's average velocity u, the learning around it another. The critics see
-normalised rewards and predict distributions (C51). Every update perturbs the policy's own
-one-step action N times, weighs the results by a softmax of Q within the state, whose temperature
-keeps a given distance from the policy, and moves the action to their weighted mean.
-Below, e ~ N(0, I), n_i ~ N(0, I), Q' are the target critics, and Z is a return's distribution.
+FPMD-M's policy u, with critics that predict distributions Z of normalised returns (C51). An update
+perturbs the policy's own one-step action N times, weighs the results by a softmax of Q within the
+state, and moves the action to their mean. e, n_i ~ N(0, I), and Q', Z' are the target critics.
 
     generate       z_1 = prior_std * e,  a(s, e) = z_1 - u(s, z_1, 0, 1)
     propose        a_i = clip(a(s, e) + noise_scale n_i),  i = 1..N around one latent e
     critic_loss    cross entropy of Z_j(s, a) with  r / scale + gamma (1 - terminated) Z'(s', a_1),
-                   Z' the critic of the smaller mean, projected onto the atoms
+                   Z' the one of the smaller mean, projected onto the atoms
     candidate_weights   w_i = softmax_i(Q(s', a_i) / (sigma lambda)),  KL(w || 1 / N) = target_kl
     policy_loss    || a(s', e) - sum_i w_i a_i ||^2
 
@@ -153,9 +151,7 @@ class FirstLayer(nn.Module):
 class MLP(nn.Module):
     """So many hidden layers, an activation after each (and LayerNorm before it, if asked)."""
 
-    def __init__(
-        self, input_dims: tuple, hidden_dim: int, out_dim: int, hidden=3, norm=False, act=nn.Mish
-    ):
+    def __init__(self, input_dims, hidden_dim, out_dim, hidden=3, norm=False, act=nn.Mish):
         super().__init__()
         self.first = FirstLayer(*input_dims, out_dim=hidden_dim)
         rest = []
@@ -196,10 +192,9 @@ class TwinCritic(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        sizes = (obs_dim, act_dim), args.hidden_dim, args.num_atoms
-        options = {"hidden": args.critic_layers, "norm": args.critic_layer_norm, "act": nn.ReLU}
-        self.z1 = MLP(*sizes, **options)
-        self.z2 = MLP(*sizes, **options)
+        sizes = (obs_dim, act_dim), args.hidden_dim, args.num_atoms, args.critic_layers
+        self.z1 = MLP(*sizes, args.critic_layer_norm, nn.ReLU)
+        self.z2 = MLP(*sizes, args.critic_layer_norm, nn.ReLU)
         self.register_buffer("atoms", torch.linspace(-args.v_max, args.v_max, args.num_atoms))
 
     def logits(self, obs: Tensor, actions: Tensor) -> Tensor:
@@ -208,9 +203,7 @@ class TwinCritic(nn.Module):
 
     def mean(self, logits: Tensor) -> Tensor:
         """(..., K) -> Q (...); a single logit is Q itself."""
-        if len(self.atoms) == 1:
-            return logits.squeeze(-1)
-        return logits.softmax(-1) @ self.atoms
+        return logits.squeeze(-1) if len(self.atoms) == 1 else logits.softmax(-1) @ self.atoms
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         """obs (B, obs_dim), actions (..., B, act_dim) -> Q (2, ..., B)."""
@@ -218,36 +211,30 @@ class TwinCritic(nn.Module):
 
 
 class RewardScale(nn.Module):
-    """What rewards are divided by, so that discounted returns fit the atoms.
-
-    max(std of the discounted return, its largest absolute value / v_max), as in SimbaV2.
-    """
+    """What divides rewards: max(std of G, largest |G| / v_max) of all discounted returns G."""
 
     def __init__(self, args: Args):
         super().__init__()
-        self.v_max = args.v_max
-        self.fixed = not args.normalize_rewards
         self.register_buffer("returns", torch.zeros(args.num_envs))  # G of running episodes
-        for name in "count", "mean", "squares", "largest":  # of all G so far
+        for name in "count", "mean", "squares", "largest":
             self.register_buffer(name, torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
 
     @torch.no_grad()
-    def observe(self, rewards: np.ndarray, ended: np.ndarray, gamma: float) -> None:
-        """Rewards (num_envs,) of a step, and whether it ended an episode."""
-        if self.fixed:
+    def observe(self, rewards: np.ndarray, ended: np.ndarray, args: Args) -> None:
+        """A step's rewards (num_envs,), and whether it ended an episode."""
+        if not args.normalize_rewards:
             return
         device = self.scale.device
-        self.returns.mul_(gamma).add_(torch.as_tensor(rewards, device=device))
+        self.returns.mul_(args.gamma).add_(torch.tensor(np.float32(rewards), device=device))
         # Welford's update by a batch
-        n = len(self.returns)
-        self.count += n
+        self.count += len(self.returns)
         shift = self.returns - self.mean
         self.mean += shift.sum() / self.count
         self.squares += (shift * (self.returns - self.mean)).sum()
         self.largest.copy_(torch.maximum(self.largest, self.returns.abs().max()))
         std = (self.squares / self.count).sqrt()
-        self.scale.copy_(torch.maximum(std, self.largest / self.v_max).clamp(min=1e-6))
+        self.scale.copy_(torch.maximum(std, self.largest / args.v_max).clamp(min=1e-6))
         self.returns[torch.as_tensor(ended, device=device)] = 0
 
 
@@ -277,24 +264,18 @@ class Agent(nn.Module):
 
 # ------------ acting
 def generate(policy: nn.Module, obs: Tensor, z: Tensor) -> Tensor:
-    """One jump a = z - u(s, z, 0, 1) from noise at t = 1 to an action at t = 0.
-
-    obs (B, obs_dim), noise z = z_1 (..., B, act_dim) -> unclipped actions like it.
-    """
+    """a = z - u(s, z, 0, 1): obs (B, obs_dim), noise z (..., B, act_dim) -> unclipped actions."""
     r = torch.zeros(1, device=z.device)
     return z - policy(obs, z, r, r + 1)
 
 
 def propose(policy: nn.Module, obs: Tensor, noise_scale: float, args: Args, rng: Generator):
-    """N candidates (N, B, act_dim), clipped, the policy's own actions, and their latents z.
-
-    For regression z and own (B, act_dim) are one per state, for meanflow (N, B, act_dim).
-    """
+    """N candidates (N, B, act_dim); the policy's own actions, their latents (..., B, act_dim)."""
     shape = (2, args.num_candidates, len(obs), policy.act_dim)
     latents, noise = torch.randn(shape, generator=rng, device=obs.device)
     z = args.prior_std * latents
     if args.imitation == "regression":
-        z = z[0]
+        z = z[0]  # one for all candidates of a state
     own = generate(policy, obs, z)
     return (own + noise_scale * noise).clamp(-1, 1), own, z
 
@@ -332,15 +313,6 @@ def act_explore(agent: Agent, obs: Tensor, args: Args, rng: Generator) -> Tensor
     return select_action(agent.critic, obs, candidates)[0]
 
 
-MODES = {"one_step": act_one_step, "best_of_n": act_best_of_n}  # of evaluation
-DEPLOYED = "one_step"
-
-
-def cost_of(mode: str, args: Args) -> tuple[int, int]:
-    """Network evaluations per candidate (NFE), and candidates per action."""
-    return (1, 1) if mode == "one_step" else (1, args.num_candidates)
-
-
 # ------------ learning
 def project(p: Tensor, values: Tensor, atoms: Tensor) -> Tensor:
     """Move probabilities p (B, K) at values (B, K) to the atoms (K,), by linear interpolation."""
@@ -352,58 +324,50 @@ def project(p: Tensor, values: Tensor, atoms: Tensor) -> Tensor:
 
 
 def critic_loss(critic, target_critic, batch: dict, next_actions: Tensor, scale, args: Args):
-    """Loss and Q (2, B) for a' (B, act_dim); only termination ends bootstrapping.
-
-    The target is the distribution of the critic with the smaller mean (clipped double-Q).
-    """
-    rewards = batch["rewards"] / scale
-    bootstrap = args.gamma * (1 - batch["terminations"])
-    with torch.no_grad():
-        next_logits = target_critic.logits(batch["next_obs"], next_actions)  # (2, B, K)
-        next_q = target_critic.mean(next_logits)  # (2, B)
-        smaller = next_q.argmin(0)  # (B,)
+    """Loss and Q (2, B) for a' (B, act_dim); Z' has the smaller mean, as in clipped double-Q."""
+    rewards = batch["rewards"][:, None] / scale  # (B, 1)
+    bootstrap = args.gamma * (1 - batch["terminations"][:, None])
     logits = critic.logits(batch["obs"], batch["actions"])  # (2, B, K)
-    q = critic.mean(logits)
-    if args.num_atoms == 1:
-        y = rewards + bootstrap * next_q.amin(0)
-        return (q - y).square().mean(1).sum(), q.detach()
+    q = critic.mean(logits.detach())  # (2, B)
     with torch.no_grad():
-        p = next_logits.softmax(-1).take_along_dim(smaller[None, :, None], 0).squeeze(0)
-        values = rewards[:, None] + bootstrap[:, None] * critic.atoms  # (B, K)
-        y = project(p, values, critic.atoms)
-    return -(y * logits.log_softmax(-1)).sum(-1).mean(1).sum(), q.detach()
+        following = target_critic.logits(batch["next_obs"], next_actions)  # (2, B, K)
+        smaller = target_critic.mean(following).argmin(0)  # (B,)
+        following = following.take_along_dim(smaller[None, :, None], 0).squeeze(0)  # (B, K)
+    if args.num_atoms == 1:
+        y = rewards + bootstrap * following
+        return (logits - y).square().mean((1, 2)).sum(), q
+    y = project(following.softmax(-1), rewards + bootstrap * critic.atoms, critic.atoms)  # (B, K)
+    return -(y * logits.log_softmax(-1)).sum(-1).mean(1).sum(), q
 
 
 def candidate_weights(agent: Agent, scores: Tensor, args: Args) -> Tensor:
-    """w (N, B), which add up to 1 in each state: pi exp(Q / lambda) on the candidates.
-
-    lambda is in units of Q's std within a state, averaged over the batch; scores (N, B).
-    """
+    """pi exp(Q / lambda), lambda in std of Q within a state: scores (N, B) -> w (N, B)."""
     if args.weights == "best":
         return nn.functional.one_hot(scores.argmax(0), len(scores)).T.to(scores.dtype)
     sigma = scores.std(0, correction=0).mean().clamp(min=1e-6)
     return (scores / (sigma * agent.log_temperature.exp())).softmax(0)
 
 
-def update_temperature(agent: Agent, kl: Tensor, args: Args) -> None:
-    """Raise lambda while the weights are farther from 1 / N than target_kl."""
-    agent.log_temperature.add_(args.temperature_rate * (kl - args.target_kl))
+def update_temperature(agent: Agent, w: Tensor, args: Args) -> Tensor:
+    """KL of w (N, B) from 1 / N; lambda rises while that is above target_kl, and else falls."""
+    kl = (w * (w * len(w)).clamp(min=1e-12).log()).sum(0).mean()
+    if args.weights == "softmax":
+        step = args.temperature_rate * (kl - args.target_kl)
+        agent.log_temperature.add_(step).clamp_(-7, 7)  # a KL out of reach must not end in 0 / 0
+    return kl
 
 
-def climb(critic: nn.Module, obs: Tensor, actions: Tensor, length: float) -> Tensor:
-    """A step of that length (std per dimension) up dQ/da from actions (B, act_dim), clipped."""
+def climb(critic: nn.Module, obs: Tensor, actions: Tensor, args: Args) -> Tensor:
+    """A step of fixed length (RMS of its dimensions) up dQ/da: actions (B, act_dim), clipped."""
     with torch.enable_grad():
-        actions = actions.detach().requires_grad_()
+        actions = actions.clamp(-1, 1).requires_grad_()
         (slope,) = torch.autograd.grad(critic(obs, actions).amin(0).sum(), actions)
     size = slope.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-9)
-    return (actions + length * slope / size).detach().clamp(-1, 1)
+    return (actions.detach() + args.gradient_step * slope / size).clamp(-1, 1)
 
 
 def policy_loss(policy, obs, z: Tensor, targets: Tensor, noise, r, t, args: Args) -> Tensor:
-    """Regression: of the one-step action from z (B, act_dim) to targets (B, act_dim).
-
-    meanflow: mean of || u(s, z_t, r, t) - sg(v - (t - r) du/dt) ||^2, whatever z was.
-    """
+    """Squared error of the one-step action from z to targets (B, act_dim); or FPMD-M's loss."""
     if args.imitation == "regression":
         return (generate(policy, obs, z) - targets).square().mean()
     z_t = (1 - t) * targets + t * noise
@@ -433,11 +397,9 @@ def update_policy(agent: Agent, obs, z, candidates, w, args: Args, rng, loss_fn)
     """Adam step towards the candidates (N, B, act_dim) with weights w (N, B), by policy_loss."""
     r, t = torch.rand((2, len(obs), 1), generator=rng, device=obs.device).sort(0).values
     noise = torch.randn(candidates.shape[1:], generator=rng, device=obs.device)
-    if args.imitation == "regression":
-        # what is nearest to all of them, as they are weighted
+    if args.imitation == "regression":  # on all of them, by their weights
         targets = (w[:, :, None] * candidates).sum(0)
-    else:
-        # of clocks with rates w, the i-th rings first with probability w_i
+    else:  # of clocks with rates w, the i-th rings first with probability w_i
         clocks = torch.empty_like(w).exponential_(generator=rng) / w
         targets = take(candidates, clocks.argmin(0))
         z = z[0]
@@ -448,58 +410,42 @@ def update_policy(agent: Agent, obs, z, candidates, w, args: Args, rng, loss_fn)
     return {"losses/policy_loss": loss.detach()}
 
 
-LOSSES = critic_loss, policy_loss
+def flow_spread(policy: nn.Module, obs: Tensor, own: Tensor, args: Args, rng: Generator) -> Tensor:
+    """Std of own actions (..., B, act_dim) over latents: half the squared distance to others."""
+    z = args.prior_std * torch.randn(own.shape[-2:], generator=rng, device=obs.device)
+    return ((own - generate(policy, obs, z)).square().mean() / 2).sqrt()
 
 
-def update(
-    agent: Agent, batch: dict, args: Args, rng, _improve_policy=True, losses=LOSSES
-) -> dict:
+def update(agent, batch: dict, args: Args, rng, _improve_policy=True, losses=None) -> dict:
     """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
     # what changes between calls is a tensor, so that a CUDA graph can record an update
     obs = batch["next_obs"]
+    losses = losses or (critic_loss, policy_loss)
     # one generation at s', by the policy itself, serves the TD target and what is imitated
     with torch.no_grad():
         # ranking needs Q to more than bfloat16's three digits
         with torch.autocast(rng.device.type, torch.bfloat16, args.precision == "bfloat16"):
             candidates, own, z = propose(agent.policy, obs, args.noise_scale, args, rng)
         if args.gradient_step:
-            start = own.expand(candidates.shape)[-1].clamp(-1, 1)
-            climbed = climb(agent.critic, obs, start, args.gradient_step)
-            candidates = torch.cat([candidates[:-1], climbed[None]])
+            candidates[-1] = climb(agent.critic, obs, own.expand_as(candidates)[-1], args)
         best, scores = select_action(agent.critic, obs, candidates)
         w = candidate_weights(agent, scores, args)
+        metrics = {"policy/flow_spread": flow_spread(agent.policy, obs, own, args, rng)}
     next_actions = best if args.td_action == "best" else candidates[0]
-    metrics = update_critic(agent, batch, next_actions, args, losses[0])
+    metrics |= update_critic(agent, batch, next_actions, args, losses[0])
     metrics |= update_policy(agent, obs, z, candidates, w, args, rng, losses[1])
-    kl = (w * (w * len(w)).clamp(min=1e-12).log()).sum(0).mean()
-    update_temperature(agent, kl, args)
+    metrics["policy/kl"] = update_temperature(agent, w, args)
     move_towards(agent.acting_policy, agent.policy, args.tau)
     move_towards(agent.target_critic, agent.critic, args.tau)
     metrics["policy/candidate_spread"] = candidates.std(0, correction=0).mean()
-    metrics["policy/flow_spread"] = flow_spread(agent, obs, own, args, rng)
     metrics["policy/ess"] = (1 / (len(w) * w.square().sum(0))).mean()
-    metrics["policy/kl"] = kl
     metrics["policy/temperature"] = agent.log_temperature.exp()
     return metrics | {"charts/reward_scale": agent.reward_scale.scale.clone()}
 
 
-@torch.no_grad()
-def flow_spread(agent: Agent, obs: Tensor, own: Tensor, args: Args, rng: Generator) -> Tensor:
-    """Std of the policy's actions over latents, without noise, mean over states and dimensions."""
-    if own.dim() == 2:  # a second latent: half the squared distance estimates the variance
-        other = args.prior_std * torch.randn(own.shape, generator=rng, device=obs.device)
-        own = torch.stack([own, generate(agent.policy, obs, other)])
-        return ((own[0] - own[1]).square().mean() / 2).sqrt()
-    return own.std(0, correction=0).mean()
-
-
 def prepare_update(_agent: Agent, _args: Args) -> bool:
-    """Say whether the update at hand improves the policy: all do."""
+    """Says whether this update improves the policy: every one does."""
     return True
-
-
-def follow_steps(_agent: Agent, _args: Args, _global_step: int) -> None:
-    """What environment steps drive, not updates: nothing here."""
 
 
 # ============ 2 TRAINING: buffer, evaluation, the loop; the same in every script
@@ -589,12 +535,11 @@ def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng, obs) -
             batch = buffer.sample(args.batch_size, rng)
             run.metrics |= improve(agent, batch, args, rng, improve_policy)
             agent.updates += 1
-        follow_steps(agent, args, run.global_step)
 
         # step, store: where an episode ended, next_obs already belongs to the one after it
         next_obs, rewards, terminations, truncations, infos = envs.step_wait()
         run.metrics |= infos["charts"]  # return and length of an episode that has ended
-        agent.reward_scale.observe(rewards, terminations | truncations, args.gamma)
+        agent.reward_scale.observe(rewards, terminations | truncations, args)
         outcome = {"rewards": rewards, "next_obs": infos["last_obs"], "terminations": terminations}
         buffer.add(obs=obs, actions=actions, **outcome)
         obs = next_obs
@@ -1490,18 +1435,26 @@ def load(path: str, name: str) -> tuple[Path, dict]:
 METRICS = "losses/critic_loss", "losses/q_values", "losses/policy_loss"
 METRICS += "policy/candidate_spread", "policy/flow_spread", "policy/ess", "policy/kl"
 METRICS += "policy/temperature", "charts/reward_scale"
+MODES = {"one_step": act_one_step, "best_of_n": act_best_of_n}  # of evaluation
+DEPLOYED = "one_step"
 ALGORITHM = __doc__.partition(":")[0]  # of whom a file is, whatever the script is called
 MAY_BE_ZERO = {"seed", "eval_every", "checkpoint_every", "torch_threads", "noise_scale"}
-MAY_BE_ZERO |= {"gradient_step"}
-AT_MOST = {"gamma": 1, "tau": 1}
+MAY_BE_ZERO |= {"gradient_step", "temperature_rate"}
+AT_MOST = {"gamma": 1, "tau": 1, "temperature_rate": 1, "temperature_init": 1_000}
 AT_MOST |= {"seed": 2**32 - 1, "num_envs": 10_000, "eval_episodes": 10_000}
 AT_MOST |= {"utd": 1_000, "torch_threads": 1_024}
 RISING = set()
 # flags that do something only where another one has this value
 NEEDS = {"wandb_entity": ("track", True), "wandb_project_name": ("track", True)}
-NEEDS |= dict.fromkeys(["target_kl", "temperature_init", "temperature_rate"], ("weights", "softmax"))
+for name in "target_kl", "temperature_init", "temperature_rate":
+    NEEDS[name] = ("weights", "softmax")
 MAY_CHANGE = {"resume", "total_timesteps", "log_every", "capture_video", "torch_threads"}
 MAY_CHANGE |= {"track", "wandb_project_name", "wandb_entity"}  # on --resume
+
+
+def cost_of(mode: str, args: Args) -> tuple[int, int]:
+    """Network evaluations per candidate (NFE), and candidates per action."""
+    return (1, 1) if mode == "one_step" else (1, args.num_candidates)
 
 
 def flag(name: str) -> str:
@@ -1512,7 +1465,22 @@ def own_rules(args: Args) -> list[tuple[bool, str]]:
     """What else must hold, and the line to say where it does not."""
     no_more = "must be at most"
     updates = args.utd * (args.total_timesteps - args.learning_starts)
+    several = args.num_candidates > 1
+    kl_limit = math.log(max(args.num_candidates, 1))  # of one candidate from all N
+    steered = args.weights == "softmax" and args.temperature_rate > 0
+    choice = args.noise_scale + args.gradient_step > 0 or args.imitation == "meanflow"
+    scaled = args.num_atoms > 1 or args.normalize_rewards
+    usual = {name: getattr(args, name) == getattr(Args, name) for name in ("target_kl", "v_max")}
+    reach = f"--target-kl must be below the log of --num-candidates, {kl_limit:.2f}"
     return [
+        (args.num_atoms != 2, "--num-atoms 2 is too few: 1, or at least 3"),
+        (args.target_kl < kl_limit or not steered, reach),
+        (steered or usual["target_kl"], "--target-kl does nothing with --temperature-rate 0"),
+        (args.temperature_init >= 1e-3, "--temperature-init must be at least 0.001"),
+        (choice, "--noise-scale 0 leaves --imitation regression nothing to choose from"),
+        (several or args.td_action == "sample", "--td-action best needs --num-candidates 2"),
+        (several or args.gradient_step == 0, "--gradient-step needs --num-candidates 2"),
+        (scaled or usual["v_max"], "--v-max does nothing without --num-atoms above 1"),
         (args.num_envs <= args.total_timesteps, f"--num-envs {no_more} --total-timesteps"),
         (args.num_envs <= args.buffer_size, f"--num-envs {no_more} --buffer-size"),
         (args.batch_size <= args.learning_starts, f"--batch-size {no_more} --learning-starts"),
@@ -1603,7 +1571,9 @@ def refuse_too_large(args: Args, obs_dim: int, act_dim: int, device: torch.devic
     numbers = {
         "buffer_size": args.buffer_size * (2 * obs_dim + act_dim + 3),
         "hidden_dim": 50 * args.hidden_dim**2,  # networks, averages, gradients, moments
-        "num_candidates": 4 * candidates * states * args.hidden_dim,
+        "num_candidates": 4 * candidates * states * (args.hidden_dim + args.num_atoms),
+        "critic_layers": 8 * args.critic_layers * args.hidden_dim**2,
+        "num_atoms": 3 * args.batch_size * args.num_atoms**2,
     }
     name = max(numbers, key=numbers.get)
     needed = 4 * sum(numbers.values())
@@ -1811,7 +1781,7 @@ def accelerate(
     try:
         for network in agent.policy, agent.critic, agent.target_critic:
             network.compile(dynamic=False)
-        losses = [torch.compile(loss, dynamic=False) for loss in LOSSES]
+        losses = [torch.compile(f, dynamic=False) for f in (critic_loss, policy_loss)]
         fast = partial(improve, losses=losses)
     except Exception as error:
         go_eager(error)

@@ -32,9 +32,9 @@ PROGRAMS["launch"] = ROOT / "benchmark" / "launch" / "launch.py"
 ZERO_IS_FINE = {"seed", "eval_every", "checkpoint_every", "torch_threads", "noise_scale"}
 ZERO_IS_FINE |= {"policy_lr_decay", "ivc_coef", "p_instant", "offline_steps", "log_std_range"}
 ZERO_IS_FINE |= {"lr_warmup", "alpha", "time_steps", "adaptive_power", "bound_coef"}
-ZERO_IS_FINE |= {"max_grad_norm"}
+ZERO_IS_FINE |= {"max_grad_norm", "gradient_step", "temperature_rate"}
 ANY_SIGN = {"log_std_range"}
-SHARES = {"gamma", "tau", "q_stats_rate", "p_instant"}  # at most 1
+SHARES = {"gamma", "tau", "q_stats_rate", "p_instant", "temperature_rate"}  # at most 1
 MUST_RISE = {"policy_lr_decay", "log_std_range"}
 MAY_CHANGE = {"resume", "total_timesteps", "log_every", "capture_video", "torch_threads", "track"}
 MAY_CHANGE |= {"wandb_project_name", "wandb_entity"}  # on --resume
@@ -46,6 +46,8 @@ TOO_LARGE = {  # for any machine
     "torch_threads": "100000000000000",
     "utd": "1e308",
     "hidden_layers": "1000000000",
+    "critic_layers": "1000000000000",
+    "num_atoms": "1000000",
 }
 NO_INT64 = "1" + 30 * "0"
 NO_FLOAT32 = "1e39"
@@ -245,6 +247,19 @@ def string_cases(name: str) -> Iterator[Case]:
     if "weight_mode" in names:
         unused = ["--weight-mode", "none", "--temperature", "1"]
         add.append(("a third without effect", unused, ["--temperature"]))
+    if "td_action" in names:
+        alone = ["--num-candidates", "1", "--weights", "best", "--target-kl", "1"]
+        mean = ["--num-atoms", "1", "--no-normalize-rewards", "--v-max", "6"]
+        add += [
+            ("a KL out of reach", ["--target-kl", "0.7"], ["--target-kl"]),
+            ("a KL that steers nothing", ["--weights", "best"], ["--target-kl"]),
+            ("a fixed KL", ["--temperature-rate", "0"], ["--target-kl"]),
+            ("two atoms", ["--num-atoms", "2"], ["--num-atoms"]),
+            ("atoms without effect", mean, ["--v-max"]),
+            ("the best of one", [*alone, "--td-action", "best"], ["--td-action"]),
+            ("one that climbs", [*alone, "--gradient-step", "1"], ["--gradient-step"]),
+            ("candidates all alike", ["--noise-scale", "0"], ["--noise-scale"]),
+        ]
     devices = "tpu9", "cuda:7", "cuda", "hpu", "meta", "mps", "xpu", "cpu:banana", "cuda:-1", "CPU"
     add += [(f"device {x}", ["--device", x], [x]) for x in devices]
     add.append(("tf32 on a CPU", ["--precision", "tf32"], ["tf32"]))

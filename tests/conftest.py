@@ -20,7 +20,8 @@ FILES = {path.stem: path for path in sorted(FILES)}  # every script
 OFFLINE = [name for name in FILES if "offline" in name]  # start from a dataset; own test files
 SCRIPTS = [name for name in FILES if name not in OFFLINE]
 FLOWS = [name for name in SCRIPTS if FILES[name].parent == ROOT]
-FPMD = [name for name in FLOWS if name.startswith("fpmd")]
+FPMD = ["fpmd_meanflow_online", "fpmd_online"]  # the published method
+STEPPED = [name for name in FLOWS if name != "fpmd_plus_online"]  # T jumps in training
 CANDIDATES = [*FLOWS, "dpmd_online"]  # they generate N and take the best
 MIRROR = [*FPMD, "dpmd_online"]  # policy mirror descent, whatever the policy
 MODES_OF = {name: ["one_step", "best_of_n"] for name in FLOWS}  # of evaluation, deployed first
@@ -35,6 +36,7 @@ SMALL = {
     "buffer_size": 10_000,
     "num_candidates": 2,
     "flow_steps": 2,
+    "target_kl": 0.3,  # two candidates cannot be farther from 1 / N than log 2
     "hidden_dim": 16,
     "log_every": 100,
     "eval_every": 0,
@@ -81,6 +83,7 @@ def as_flags(settings):
 
 
 fpmd_only = pytest.mark.parametrize("script", FPMD, indirect=True)
+stepped_only = pytest.mark.parametrize("script", STEPPED, indirect=True)
 flows_only = pytest.mark.parametrize("script", FLOWS, indirect=True)
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
 
@@ -132,14 +135,15 @@ def rng(seed=0):
 class OneStep(nn.Module):
     """A field whose one step over all of the flow's time carries noise z to carry(z).
 
-    FPMD-R and MVP add its answer to z; FPMD-M, whose noise is at time 1, subtracts it. Unless told
-    the script, a call with two times is taken for one of FPMD-M's.
+    FPMD-R and MVP add its answer to z; FPMD-M and FPMD+, whose noise is at time 1, subtract it.
+    Unless told the script, a call with two times is taken for one of FPMD-M's.
     """
 
     def __init__(self, carry, act_dim=1, script=None):
         super().__init__()
         self.carry, self.act_dim, self.calls = carry, act_dim, []
-        self.adds = script is not None and script.__name__ != "fpmd_meanflow_online"
+        names = "fpmd_meanflow_online", "fpmd_plus_online"
+        self.adds = script is not None and script.__name__ not in names
 
     def forward(self, obs, z, *times):
         self.calls.append((obs, z, *times))
@@ -288,7 +292,7 @@ def first_weight(net):
 
 
 def numpy_mlp(net, x):
-    """The script's linear layers, LayerNorm and activation (Mish or GELU), in float64.
+    """The script's linear layers, LayerNorm and activation, in float64.
 
     x are all inputs side by side, in the order of the first layer's parts.
     """
@@ -304,6 +308,8 @@ def numpy_mlp(net, x):
             x = x * weights[0] + weights[1]
         elif isinstance(module, nn.GELU):
             x = x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+        elif isinstance(module, nn.ReLU):
+            x = np.maximum(x, 0)
         else:
             x = x * np.tanh(np.log1p(np.exp(x)))
     return x

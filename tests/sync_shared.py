@@ -15,9 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 MVP = ["mvp_online", "mvp_offline_to_online"]
 FPMD = ["fpmd_online", "fpmd_meanflow_online"]
 MIRROR = [*FPMD, "dpmd_online"]
+PLUS = "fpmd_plus_online"  # FPMD-M's flow; critics and learning of its own
 OFFLINE = ["mvp_offline_to_online", "meanflowql_offline_to_online"]  # they start from a dataset
 GELU = [*MVP, "meanflowql_offline_to_online"]  # an activation that needs no faster formula
-MISH = [*MIRROR, "sac_online"]
+MISH = [*MIRROR, "sac_online", PLUS]
 ONLINE = [*MISH, "mvp_online"]
 EVERY = [*ONLINE, *OFFLINE]
 
@@ -49,22 +50,22 @@ SHARED = [
     (GELU, ["accelerate"]),
     # method
     (EVERY, ["move_towards"]),
-    ([*MIRROR, *GELU], ["FirstLayer"]),
+    ([*MIRROR, *GELU, PLUS], ["FirstLayer"]),
     (MISH, ["linear"]),
-    (MIRROR, ["TIME_DIM", "MLP", "QNetwork", "TwinCritic", "take"]),
-    (MIRROR, ["select_action", "critic_loss", "mirror_descent_targets", "update_critic"]),
+    (MIRROR, ["MLP", "QNetwork", "TwinCritic"]),
+    ([*MIRROR, PLUS], ["TIME_DIM", "take", "select_action"]),
+    (MIRROR, ["critic_loss", "mirror_descent_targets", "update_critic"]),
     (MIRROR, ["update_q_statistics", "policy_lr_at", "prepare_update", "update_alpha"]),
     (MIRROR, ["follow_steps", "act_explore", "update"]),
-    (
-        FPMD,
-        ["time_embedding", "propose", "act_one_step", "act_best_of_n", "particle_probabilities"],
-    ),
-    (FPMD, ["MODES", "DEPLOYED", "cost_of"]),
+    ([*FPMD, PLUS], ["time_embedding", "MODES", "DEPLOYED"]),
+    (FPMD, ["propose", "act_one_step", "act_best_of_n", "particle_probabilities", "cost_of"]),
+    (["fpmd_meanflow_online", PLUS], ["AverageVelocityField", "OneStepPolicy"]),
     (MIRROR, ["RISING"]),
     (GELU, ["linear", "MLP", "QNetwork", "take", "select_action"]),
     (MVP, ["MeanVelocityField", "TwinCritic"]),
     (MVP, ["generate", "propose", "act_one_step", "act_best_of_n"]),
-    (MVP, ["act_explore", "MODES", "DEPLOYED", "cost_of", "prepare_update"]),
+    (MVP, ["act_explore", "MODES", "DEPLOYED", "cost_of"]),
+    ([*MVP, PLUS], ["prepare_update"]),
     (MVP, ["update_critic"]),
     (["mvp_online", "sac_online"], ["AT_MOST"]),
 ]
@@ -75,6 +76,10 @@ EXCEPTIONS = {
     ("mvp_offline_to_online", "ReplayBuffer"): CHUNKS,
     ("mvp_offline_to_online", "evaluate"): CHUNKS,
     ("mvp_offline_to_online", "replay"): CHUNKS,
+    (PLUS, "train"): "its rewards' scale sees every step; nothing else follows steps",
+    (PLUS, "own_rules"): "its flags depend on each other",
+    (PLUS, "refuse_too_large"): "its critics have atoms and a depth of their own",
+    (PLUS, "accelerate"): "it compiles the critics' loss too",
     ("dpmd_online", "mirror_descent_targets"): "it has no particles",
     ("dpmd_online", "update_q_statistics"): "it has no particles",
     ("dpmd_online", "update"): "it has no particles and no bfloat16",

@@ -26,6 +26,7 @@ from conftest import (
     ROOT,
     SCRIPTS,
     SMALL,
+    STEPPED,
     as_flags,
     known,
     load,
@@ -133,7 +134,6 @@ def test_documented_offline_commands_parse(command):
         ("--gamma 1.01", "--gamma 1.01 must be above 0 and at most 1"),
         ("--tau 2", "--tau 2.0 must be"),
         ("--tau nan", "--tau nan must be"),
-        ("--reward-scale inf", "--reward-scale inf must be"),
         ("--critic-lr -0.1", "--critic-lr -0.1"),
         ("--utd 0", "--utd 0.0 must be above 0"),
         ("--utd 0.001", "gives no update"),
@@ -146,11 +146,43 @@ def test_bad_input_is_refused(script, tmp_path, monkeypatch, capsys, flags, mess
     assert_refused(script, tmp_path, monkeypatch, capsys, flags, message)
 
 
+SCALED = [name for name in SCRIPTS if name != "fpmd_plus_online"]  # have a --reward-scale
+STEERS = ["target-kl 0.5", "temperature-init 0.5", "temperature-rate 0.5"]
+REFUSED_BY_PLUS = [
+    ("--policy-lr 0", "--policy-lr 0.0 must be above 0 and at most"),
+    ("--gradient-step -1", "--gradient-step -1.0 must be 0 or more"),
+    ("--num-atoms 0", "--num-atoms 0 must be above 0"),
+    ("--num-atoms 2", "--num-atoms 2 is too few"),
+    ("--num-atoms 1000000", "--num-atoms 1000000 needs about"),
+    ("--critic-layers 0", "--critic-layers 0 must be above 0"),
+    ("--critic-layers 1000000000000", "--critic-layers 1000000000000 needs about"),
+    ("--target-kl 0.7", "--target-kl must be below the log of --num-candidates, 0.69"),
+    ("--target-kl 0", "--target-kl 0.0 must be above 0"),
+    ("--temperature-init 0.0001", "--temperature-init must be at least 0.001"),
+    ("--temperature-init 1001", "--temperature-init 1001.0 must be above 0 and at most 1000"),
+    ("--temperature-rate 1.1", "--temperature-rate 1.1 must be 0 or more and at most 1"),
+    ("--temperature-rate 0", "--target-kl does nothing with --temperature-rate 0"),
+    *[(f"--weights best --target-kl 1 --{x}", "unless --weights is softmax") for x in STEERS],
+    ("--noise-scale 0", "--noise-scale 0 leaves --imitation regression nothing"),
+    ("--num-candidates 1", "--target-kl must be below the log of --num-candidates, 0.00"),
+    *[
+        (
+            f"--num-candidates 1 --weights best --target-kl 1 {more}",
+            f"{more.split()[0]} needs --num",
+        )
+        for more in ("--td-action best", "--gradient-step 0.1")
+    ],
+    ("--num-atoms 1 --no-normalize-rewards --v-max 6", "--v-max does nothing"),
+]
+
+
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [
+        *[("fpmd_plus_online", *case) for case in REFUSED_BY_PLUS],
         *[(name, "--num-candidates 0", "--num-candidates 0") for name in CANDIDATES],
-        *[(name, "--flow-steps 0", "--flow-steps 0") for name in CANDIDATES],
+        *[(name, "--flow-steps 0", "--flow-steps 0") for name in [*STEPPED, "dpmd_online"]],
+        *[(name, "--reward-scale inf", "--reward-scale inf must be") for name in SCALED],
         *[(name, "--noise-scale -1", "--noise-scale -1.0 must be 0 or") for name in CANDIDATES],
         *[(name, "--policy-lr -1 1", "--policy-lr -1.0 must be above 0") for name in MIRROR],
         *[(name, "--policy-lr 1e-3 0", "--policy-lr 0.0 must be above 0") for name in MIRROR],
@@ -290,7 +322,8 @@ def choices():
     """Every script with each value of the flags that change what an update does."""
     for name in FILES:
         types = get_type_hints(importlib.import_module(name).Args)
-        flags = {"weight_mode", "imitation_target"} & types.keys()
+        flags = {"weight_mode", "imitation_target", "imitation", "weights", "td_action"}
+        flags &= types.keys()
         found = [(flag, value) for flag in sorted(flags) for value in get_args(types[flag])]
         for flag, value in found or [(None, "")]:
             yield pytest.param(name, {flag: value} if flag else {}, id=f"{name}-{value}")

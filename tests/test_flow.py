@@ -12,11 +12,13 @@ from conftest import (
     act,
     flows_only,
     fpmd_only,
+    known,
     numpy_mlp,
     numpy_time_embedding,
     randomise,
     rng,
     spy,
+    stepped_only,
 )
 from torch import nn
 
@@ -46,7 +48,8 @@ def generate(velocity, noise, flow_steps):
 def make_agent(script, obs_dim=3, act_dim=2, field=None, seed=0, **changes):
     """A small agent and its args; field, if any, takes the place of the policy that acts."""
     torch.manual_seed(seed)
-    args = script.Args(**{"hidden_dim": 16, "num_candidates": 4, "flow_steps": 3} | changes)
+    sizes = {"hidden_dim": 16, "num_candidates": 4, "flow_steps": 3}
+    args = script.Args(**known(script, sizes | changes))
     agent = script.Agent(obs_dim, act_dim, args, torch.device("cpu"))
     agent.acting_policy = field or agent.acting_policy
     return agent, args
@@ -269,7 +272,7 @@ def test_one_step_is_one_evaluation_at_noise():
 # ---------------------------------------------------------------------------- acting
 
 
-@flows_only
+@stepped_only
 def test_propose_counts_steps_and_noises_every_candidate(script):
     """N candidates by T evaluations each; exploration noise is independent per candidate."""
     args = script.Args(num_candidates=5, flow_steps=3, prior_std=0.2)  # all stay inside the box

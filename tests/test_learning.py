@@ -35,3 +35,26 @@ def test_inverted_pendulum_is_solved(run):
     one_step = [float(row["return_mean"]) for row in rows if row["mode"] == "one_step"]
     assert one_step[0] < 500, "solved before it learnt: the task is too easy to be a gate"
     assert max(one_step[-2:]) >= 950
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["fpmd_plus_online"], indirect=True)
+def test_plus_solves_inverted_pendulum(run):
+    """The same gate for FPMD+, with its own critics and its temperature steered to 0.5."""
+    run_dir = run(
+        env_id="InvertedPendulum-v4",
+        total_timesteps=5000,
+        learning_starts=500,
+        batch_size=128,
+        num_candidates=8,
+        target_kl=0.5,
+        hidden_dim=64,
+        critic_lr=1e-3,
+        policy_lr=1e-3,
+        tau=0.02,
+        eval_every=1250,
+        eval_episodes=5,
+    )
+    rows = list(csv.DictReader((run_dir / "evaluations.csv").open()))
+    one_step = [float(row["return_mean"]) for row in rows if row["mode"] == "one_step"]
+    assert one_step[0] < 500 and max(one_step[-2:]) >= 950

@@ -59,7 +59,7 @@ def test_fast_updates_equal_plain_ones(script, device):
 
 
 def test_main_compiles_what_an_update_runs(script, run, monkeypatch):
-    """--compile: the policy's loss, and the networks that generate, rank and make targets."""
+    """--compile: the losses worth it, and the networks that generate, rank and make targets."""
     compiled = []
 
     def compile(function, **how):
@@ -70,9 +70,10 @@ def test_main_compiles_what_an_update_runs(script, run, monkeypatch):
     for flag in False, True:
         assert compiled == []
         run(env_id="probe_envs:Constant-v0", total_timesteps=110, utd=0.1, compile=flag)
-    *networks, loss = compiled
+    networks, losses = compiled[:3], compiled[3:]
     policy = script.Agent(1, 1, script.Args(hidden_dim=1), torch.device("cpu")).policy
-    assert loss is script.policy_loss
+    critics = [script.critic_loss] if script.__name__ == "fpmd_plus_online" else []
+    assert losses == [*critics, script.policy_loss]
     assert [type(network) for network in networks] == [type(policy)] + 2 * [script.TwinCritic]
 
 
@@ -114,7 +115,7 @@ def test_the_one_step_policy_is_the_same_policy(script):
     deployed, obs = script.OneStepPolicy(policy), torch.randn(200, 3, generator=rng())
     for shape in (200, 2), (4, 200, 2):
         z = torch.randn(shape, generator=rng(1))
-        unclipped = script.generate(policy, obs, z, 1)
+        unclipped = script.generate(policy, obs, z, *known(script, {"flow_steps": 1}).values())
         assert 0.1 < (unclipped.abs() > 1).float().mean() < 0.9
         torch.testing.assert_close(deployed(obs, z), unclipped.clamp(-1, 1))
     assert all(map(torch.equal, before, policy.parameters()))

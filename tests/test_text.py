@@ -71,14 +71,14 @@ def test_lines_are_light(name):
 
 @each_file
 def test_a_script_can_be_read_in_one_sitting(name):
-    """What is read, parts 1 and 2, stays below 28 kB, and the file below 88 kB.
+    """What is read, parts 1 and 2, stays below 28 kB, and the file below 90 kB.
 
     46 kB a file was the aim. It held before a run had to survive strangers: part 3, the same text
     in every script, is what checks, refuses, saves and resumes.
     """
     lines = FILES[name].read_text().splitlines(keepends=True)
     assert len("".join(lines[: banners(name)["3 PLUMBING"] - 1]).encode()) <= 28_000
-    assert FILES[name].stat().st_size <= 88_000
+    assert FILES[name].stat().st_size <= 90_000
 
 
 @each_file

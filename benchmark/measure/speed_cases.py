@@ -22,10 +22,12 @@ SETTINGS = {  # script: its (num_candidates, flow_steps)
     "fpmd_online": [(32, 20), (32, 1), (8, 1)],
     "fpmd_meanflow_online": [(32, 1), (8, 1)],
     "mvp_online": [(32, 1), (8, 1)],
+    "fpmd_plus_online": [(8, "")],
     "meanflowql_offline_to_online": [(5, "")],
     "sac_online": [("", "")],
 }
-WHOLE = "meanflowql_offline_to_online", "sac_online"  # their updates are not taken apart
+# their updates are not taken apart
+WHOLE = "meanflowql_offline_to_online", "sac_online", "fpmd_plus_online"
 FLOWS = [name for name in SETTINGS if name not in WHOLE]
 MODES = {  # on the command line: (mode, precision) in the CSV
     "eager": ("eager", "float32"),
@@ -81,7 +83,7 @@ def make_case(script, setting, mode, batch_size, device, **replaced) -> Case:
     """A fresh agent, accelerated if the mode says so; nothing has been computed with it yet."""
     module, (kind, precision) = load_script(script, **replaced), (MODES | CUDA_MODES)[mode]
     sizes = dict(zip(("num_candidates", "flow_steps"), setting, strict=True))
-    sizes = {key: value for key, value in sizes.items() if value}
+    sizes = {key: value for key, value in sizes.items() if value and hasattr(module.Args, key)}
     args = module.Args(**sizes, precision=precision, batch_size=batch_size)
     torch.manual_seed(0)
     agent = module.Agent(OBS_DIM, ACT_DIM, args, device)
