@@ -137,6 +137,32 @@ class Solving(Succeeding):
         return *transition, {"is_success": float(info["success"]), "x_position": 1.0, "text": "no"}
 
 
+class Bounded(gym.Env):
+    """Actions (2, 2), every one with bounds of its own; the reward weighs them all differently."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    low = np.array([[-2.0, 0.0], [-0.5, 1.0]], np.float32)
+    high = np.array([[2.0, 3.0], [0.5, 9.0]], np.float32)
+    action_space = gym.spaces.Box(low, high)
+    length = 5
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.draw(), {}
+
+    def step(self, action):
+        assert np.shape(action) == (2, 2)
+        # the scripts' rescaling may miss a bound by a rounding error
+        assert (action >= self.low - 1e-5).all() and (action <= self.high + 1e-5).all()
+        self.steps += 1
+        reward = float(action.ravel() @ [1.0, 10.0, 100.0, 1000.0])
+        return self.draw(), reward, self.steps == self.length, False, {}
+
+    def draw(self):
+        return self.np_random.normal(1, 2, 2).astype(np.float32)
+
+
 class Unbounded(Probe):
     action_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
 
@@ -172,5 +198,5 @@ LIMITS = {Endless: 8}
 for env in (Constant, Observed, Delayed, Acted, Both, Endless, Coded, Succeeding, Solving):
     limit = LIMITS.get(env)
     gym.register(f"{env.__name__}-v0", env, max_episode_steps=limit, disable_env_checker=True)
-for env in (Unbounded, Scalar, Image, Named):
+for env in (Bounded, Unbounded, Scalar, Image, Named):
     gym.register(f"{env.__name__}-v0", env, disable_env_checker=True)

@@ -311,7 +311,10 @@ def test_run_directory(script, run):
     assert not any(learnt[0]) and all(map(all, learnt[1:]))  # learning starts at step 100
     assert all(row[name] for row in rows for name in charts)
     saved = load(run_dir, "policy.pt")
-    assert set(saved) == {"algorithm", "policy", "critics", "args", "global_step"}
+    learnt = {"algorithm", "script", "commit", "policy", "args", "global_step"}
+    assert set(saved) == learnt | {"obs_dim", "act_dim", "action_bounds"}
+    assert saved["script"] == f"{script.__name__}.py"
+    assert saved["commit"] == versions["commit"]
     policy = script.Agent(1, 1, script.Args(hidden_dim=16), torch.device("cpu")).policy
     assert set(saved["policy"]) == {name for name, _ in policy.named_parameters()}
     assert type(saved["args"]) is dict and saved["global_step"] == 400
@@ -358,6 +361,28 @@ def test_two_launches_in_one_second_do_not_share(script, run, monkeypatch, capsy
     line = f"cannot make the run directory {run_dir}: File exists"
     assert stopped.value.code == 2 and line in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in sorted(run_dir.iterdir())} == before
+
+
+@pytest.mark.parametrize("in_processes", [False, True])
+def test_a_policy_knows_sizes_and_bounds(script, run, in_processes):
+    """In the environment's own units, each with its own bounds, also from another process."""
+    settings = {"async_envs": True} if in_processes else {}
+    saved = load(run(env_id="probe_envs:Bounded-v0", total_timesteps=110, **settings), "policy.pt")
+    assert (saved["obs_dim"], saved["act_dim"]) == (2, 4)
+    assert saved["action_bounds"].dtype == torch.float32
+    low, high = saved["action_bounds"]
+    assert low.tolist() == [[-2.0, 0.0], [-0.5, 1.0]] and high.tolist() == [[2.0, 3.0], [0.5, 9.0]]
+
+
+def test_a_policy_of_a_version_with_critics_in_it_still_plays(script, run, capsys):
+    """Files from before it held sizes and bounds; what --evaluate needs is as it was."""
+    run_dir = run(env_id="probe_envs:Succeeding-v0")
+    saved = load(run_dir, "policy.pt")
+    older = {name: saved[name] for name in ("algorithm", "policy", "args", "global_step")}
+    critics = script.Agent(1, 1, script.Args(hidden_dim=16), torch.device("cpu")).critic
+    torch.save(older | {"critics": critics.state_dict()}, run_dir / "policy.pt")
+    script.main(script.parse_args(["--evaluate", str(run_dir), "--eval-episodes=2"]))
+    assert capsys.readouterr().out.count("return 3.0000") == 2
 
 
 def test_replay_prints_returns_and_latency(script, run, capsys):

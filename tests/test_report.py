@@ -258,6 +258,92 @@ def test_ablation_of_several_scripts(copy):
     ]
 
 
+# ---------------------------------------------------------------------------- success rates
+MACHINE = {"torch": "2.13.0", "gymnasium": "1.4.0", "mujoco": "3", "python": "3", "device": "a CPU"}
+MACHINE |= {"threads": 1, "commit": "0123456789abcdef"}
+
+
+def success_rows(flags, seed, rates):
+    """Evaluations of a run: {step: (one step's success rate, best of N's)}."""
+    for step, pair in rates.items():
+        for mode, rate in zip(("one_step", "best_of_n"), pair, strict=True):
+            row = {"algorithm": "meanflowql_offline_to_online", "env_id": "ogbench:cube-v0"}
+            row |= {"seed": seed, "global_step": step, "updates": step, "mode": mode, "nfe": 1}
+            row |= {"num_candidates": 5, "return_mean": -1, "success_rate": rate}
+            yield row | {"returns": "-1.0 -1.0 -1.0", "flags": flags, "utd": 1.0} | MACHINE
+
+
+def tabled(copy, name, csv_name, rows):
+    """The table of that name after the CSV was written: rows as dicts, and the whole text."""
+    write(copy / "benchmark/results" / csv_name, rows)
+    (copy / "docs/page.md").write_text(f"<!-- table:{name} -->\n<!-- /table -->\n")
+    result = program(copy, "report/report.py", "--tables")
+    assert result.returncode == 0, result.stderr
+    text = (copy / "docs/page.md").read_text()
+    lines = [line for line in text.splitlines() if line[:1] == "|"]
+    head, _, *table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return [dict(zip(head, row, strict=True)) for row in table], text
+
+
+def test_success_offline_is_told_without_what_came_online(copy):
+    """Last, mean of the last three and best of the offline evaluations; alphas by their size."""
+    flags = "--offline-steps 400 --alpha "
+    before = {100: (0.0, 0.9), 200: (0.1, 0.4), 300: (0.2, 0.5), 400: (0.6, 0.6)}
+    rows = [*success_rows(f"{flags}10.0", 1, before | {500: (1.0, 1.0)})]
+    rows += success_rows(f"{flags}10.0", 2, dict.fromkeys(before, (0.3, 0.3)))
+    rows += success_rows(f"{flags}3.0", 1, dict.fromkeys(before, (0.0, 0.0)))
+    table, text = tabled(copy, "meanflowql-cube-alphas", "meanflowql_cube_cpu.csv", rows)
+    assert [row["variant"] for row in table] == ["`--alpha 3.0`", "`--alpha 10.0`"]
+    ten = table[1]
+    assert ten["seeds"] == "2" and ten["one step: last"] == "45.0 ± 191"  # 60, 30
+    assert ten["one step: last three"] == "30.0 ± 0.0"  # (10 + 20 + 60) / 3, 30
+    assert ten["best of N: best"] == "60.0 ± 381"  # 90, 30
+    assert table[0]["one step: best"] == "0.0"  # one seed: no interval
+    assert "after 400 offline updates" in text and "of 3 episodes" in text
+    assert "Flags of all: `--offline-steps 400`" in text
+
+
+def test_success_rates_say_what_the_online_phase_added(copy):
+    """The rise is taken seed by seed from the end of the offline phase to that of the run."""
+    flags = "--offline-steps 200"
+    rows = [*success_rows(flags, 1, {200: (0.1, 0.2), 300: (0.2, 0.3), 400: (0.5, 0.7)})]
+    rows += success_rows(flags, 2, {200: (0.3, 0.4), 300: (0.3, 0.5), 400: (0.7, 0.9)})
+    (row,), text = tabled(copy, "meanflowql-cube-online", "meanflowql_cube_online_cpu.csv", rows)
+    assert row["best of N, after offline"] == "30.0 ± 127" and row["rise"] == "50.0 ± 0.0"
+    assert row["mean while online"] == "60.0 ± 127"  # 50, 70
+    assert row["one step, after offline"] == "20.0 ± 127"  # 10, 30
+    assert row["one step, at the end"] == "60.0 ± 127"  # 50, 70
+    assert "400 steps in all" in text
+
+
+def test_runs_that_were_cut_off_show_every_evaluation(copy):
+    """With the updates that they had, not those that they were to have."""
+    rows = [*success_rows("--alpha 30.0", 1, {50_000: (0.05, 0.35), 100_000: (0.1, 0.4)})]
+    rows += success_rows("--alpha 100.0", 1, {50_000: (0.2, 0.25)})
+    table, _ = tabled(copy, "meanflowql-cube-cuda", "meanflowql_cube_cuda.csv", rows)
+    told = [[row[key] for key in ("variant", "updates", "one step", "best of N")] for row in table]
+    assert told == [
+        ["`--alpha 30.0`", "50,000", "5", "35"],
+        ["`--alpha 30.0`", "100,000", "10", "40"],
+        ["`--alpha 100.0`", "50,000", "20", "25"],
+    ]
+
+
+def test_reformulations_are_means_over_seeds(copy):
+    """What was learnt, and beside it what a perfect network would."""
+    rows = [
+        {"form": "z - u", "what": "learnt", "seed": seed, "updates": 10, "distance": distance}
+        | {"within": within, "transport": 0.5}
+        for seed, distance, within in ((0, 0.1, 0.8), (1, 0.3, 0.9))
+    ]
+    exact = {"form": "z - u", "what": "exact", "seed": "", "updates": 10, "distance": 0.06}
+    rows.append(exact | {"within": 0.99, "transport": 0.04})
+    (row,), text = tabled(copy, "reformulations", "reformulations.csv", rows)
+    assert row["learnt: distance"] == "0.200" and row["learnt: within 3 std"] == "85%"
+    assert row["exact: distance"] == "0.060" and row["exact: within 3 std"] == "99%"
+    assert row["exact: transport"] == "0.040" and "Means of 2 seeds after 10 updates" in text
+
+
 # ---------------------------------------------------------------------------- collect.py
 
 

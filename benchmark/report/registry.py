@@ -113,6 +113,8 @@ def add_meanflowql(found: Registry) -> None:
             ("figure", image("Success rates of MeanFlowQL", file), online),
         ):
             found.tables[f"meanflowql-{task}-{name}"] = or_not_yet(build, "Not run yet."), csv
+    for name in "meanflowql", "mvp":
+        found.tables[f"{name}-cube-cuda"] = training.cut_off, f"{name}_cube_cuda.csv"
     missing = "Not run yet."
     source = "mvp_constraint_cpu.csv"
     found.tables["mvp-constraint"] = or_not_yet(training.success_rates, missing), source

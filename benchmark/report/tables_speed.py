@@ -50,9 +50,10 @@ def spread(row: dict) -> float:
 
 def conditions(rows: list[dict]) -> str:
     """How many repetitions, where, and with what."""
-    most = max(int(row["repetitions"]) for row in rows)
+    updates = [row for row in rows if row["measurement"] == "update"]
+    counts = fmt.joined_numbers({int(row["repetitions"]) for row in updates})
     return (
-        f"Medians of {most} interleaved repetitions, Ant-v4's sizes, batch "
+        f"Medians of {counts} interleaved repetitions, Ant-v4's sizes, batch "
         f"{fmt.joined(rows, 'batch_size')}; {fmt.made_with(rows)}"
     )
 
@@ -78,7 +79,7 @@ def speed(path: Path) -> str:
     rows, table, spreads = fmt.read(path), [], [0.0]
     cases = by_case(rows)
     for (script, n, t, how), case in cases.items():
-        sizes = f"{n}, {t}" if n else "-"
+        sizes = ", ".join(filter(None, (n, t))) or "-"
         line = {"script": f"`{script}`", "N, T": sizes, "computed": how}
         update = case.get("update")
         eager = milliseconds(cases.get((script, n, t, "eager"), {}).get("update"))

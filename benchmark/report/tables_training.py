@@ -160,6 +160,30 @@ def success_rates(path: Path) -> str:
     return table_with_note(table, note)
 
 
+def cut_off(path: Path) -> str:
+    """Offline runs that were stopped before their end: every evaluation that there is."""
+    table, found = [], experiments(path)
+    variants, ends = names(found), []
+    for key in sorted(found, key=lambda key: natural(variants[key][1])):
+        _, own = variants[key]
+        for seed, run in sorted(found[key].items()):
+            for row in run:
+                if row["mode"] == "one_step":
+                    line = {"variant": f"`{own}`" if own else "the default", "seed": seed}
+                    line["updates"] = f"{int(row['updates']):,}"
+                    table.append(line | {"one step": f"{100 * float(row['success_rate']):.0f}"})
+                else:
+                    table[-1]["best of N"] = f"{100 * float(row['success_rate']):.0f}"
+            ends.append(last(run))
+    shared = set.intersection(*(set(split_flags(key)) for key in found))
+    counts = fmt.joined_numbers({len(end["returns"].split()) for end in ends})
+    note = (
+        f"Success rates in per cent of {counts} episodes. Flags of all: "
+        f"`{' '.join(sorted(shared))}`; {fmt.hardware(ends)}, commit {fmt.commits(ends)}."
+    )
+    return table_with_note(table, note)
+
+
 def natural(text: str) -> list:
     """To sort by: words before numbers, numbers by their size."""
     parts = re.findall(r"[\d.]+|[^\d.]+", text)
