@@ -659,6 +659,9 @@ class GuardedEnvs(gym.vector.VectorWrapper):
     def __init__(self, env: gym.vector.VectorEnv):
         super().__init__(env)
         self.processes = getattr(env, "processes", [])
+        self.obs_dim = env.single_observation_space.shape[0]
+        self.act_dim = env.single_action_space.shape[0]
+        self.action_bounds = self.guard(env.get_attr, "action_bounds")[0]
         self.actions = None  # sent, not yet answered
         # processes that do not hear SIGTERM would hang the interpreter's exit
         atexit.register(self.close)
@@ -750,8 +753,7 @@ class GuardedEnvs(gym.vector.VectorWrapper):
         """What restore needs."""
         episodes = []
         for episode in self.episodes:
-            actions = np.array(episode["actions"], np.float32)
-            actions = actions.reshape(-1, self.single_action_space.shape[0])
+            actions = np.array(episode["actions"], np.float32).reshape(-1, self.act_dim)
             episodes.append(episode | {"actions": torch.from_numpy(actions)})
         arrays = {"obs": self.obs, "returns": self.returns, "lengths": self.lengths}
         tensors = {name: torch.tensor(array) for name, array in arrays.items()}
@@ -859,12 +861,15 @@ def make_env(env_id: str, index: int = 0, film: bool = False, env_kwargs: str = 
         raw.mujoco_renderer.camera_id = 0  # it follows
     refuse_actions(env_id, env.action_space)
     refuse_observations(env_id, env.observation_space)
+    bounds = np.float32([env.action_space.low, env.action_space.high])
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     shape = env.action_space.shape
     if len(shape) != 1:
         flat = gym.spaces.flatten_space(env.action_space)
         env = gym.wrappers.TransformAction(env, lambda action: action.reshape(shape), flat)
-    return SeededEpisodes(env, index)
+    env = SeededEpisodes(env, index)
+    env.action_bounds = bounds  # in its own units
+    return env
 
 
 def make_envs(
@@ -1054,6 +1059,7 @@ class Run:
             self.envs.reset(seed=[2 * args.seed] * self.envs.num_envs)
             self.dir = make_run_dir(args, self.rng.device)
         self.lock = lock(self.dir)
+        self.commit = describe_machine(self.rng.device)["commit"]
         self.take_stock()
 
     def read_record(self) -> None:
@@ -1280,9 +1286,13 @@ class Run:
         state = self.now | self.state()
         policy = {
             "algorithm": ALGORITHM,
+            "script": Path(__file__).name,
+            "commit": self.commit,
             "policy": self.agent.acting_policy.state_dict(),
-            "critics": self.agent.critic.state_dict(),
             "args": state["args"],
+            "obs_dim": self.envs.obs_dim,
+            "act_dim": self.envs.act_dim,
+            "action_bounds": torch.from_numpy(self.envs.action_bounds),  # low, high
             "global_step": self.global_step,
         }
         for name, content in {"policy.pt": policy, "checkpoint.pt": state}.items():
@@ -1386,10 +1396,8 @@ def refuse_unlike(saved, ours) -> None:
     """Raise ValueError where a loaded state is not built as ours is."""
     theirs = layout(saved)
     mine = layout(ours)
-    if theirs != mine:
-        different = mine
-        if isinstance(theirs, dict):
-            different = [key for key in mine | theirs if theirs.get(key) != mine.get(key)]
+    different = [key for key in mine | theirs if theirs.get(key) != mine.get(key)]
+    if different:
         raise ValueError(f"not as this script writes it: {different}")
 
 
@@ -1417,12 +1425,12 @@ def load(path: str, name: str) -> tuple[Path, dict]:
     if content["algorithm"] != ALGORITHM or not isinstance(content["args"], dict):
         fail(f"{other}: it is of {content['algorithm']}, not {ALGORITHM}")
     known = asdict(Args())
-    unknown = content["args"].keys() - known.keys()
-    if name == "checkpoint.pt" and (unknown or known.keys() - content["args"].keys()):
-        fail(f"{other}: it has other flags, {unknown ^ (known.keys() - content['args'].keys())}")
-    if unknown:
+    flags = content["args"].keys()
+    if name == "checkpoint.pt" and flags != known.keys():
+        fail(f"{other}: it has other flags, {flags ^ known.keys()}")
+    if unknown := flags - known.keys():
         content["unknown"] = sorted(map(str, unknown))
-    content["args"] = {key: x for key, x in content["args"].items() if key not in unknown}
+    content["args"] = {key: x for key, x in content["args"].items() if key in known}
     for key, value in content["args"].items():
         kind = type(known[key])
         whole = kind is float and type(value) is int
@@ -1821,11 +1829,9 @@ def replay(args: Args, agent: Agent, envs) -> None:
     if args.env_id != saved["args"].get("env_id", args.env_id):
         fail(f"{file} was trained on {saved['args']['env_id']}, not on {args.env_id}")
     try:
-        networks = {"policy": agent.acting_policy, "critics": agent.critic}
-        ours = {name: network.state_dict() for name, network in networks.items()}
-        refuse_unlike(saved, saved | ours | {"global_step": 0})
-        for name, network in networks.items():
-            network.load_state_dict(saved[name])
+        ours = {"policy": agent.acting_policy.state_dict(), "global_step": 0}
+        refuse_unlike(saved, saved | ours)
+        agent.acting_policy.load_state_dict(saved["policy"])
     except Exception as error:
         fail(f"{file} is not of this version of {Path(__file__).name}: {reason(error)}")
     act = MODES[DEPLOYED]
@@ -1837,7 +1843,7 @@ def replay(args: Args, agent: Agent, envs) -> None:
         print(f"episode {episode}: return {value:.4f}{', cut' if cut[episode] else ''}")
     if np.isfinite(successes).any():  # else the environment does not say
         print(f"success rate {np.nan_to_num(successes).mean():.2f}")
-    obs = torch.zeros(1, *envs.single_observation_space.shape, device=agent.device)
+    obs = torch.zeros(1, envs.obs_dim, device=agent.device)
     rng = Generator(agent.device)
     start = time.perf_counter()
     for _ in range(500):
@@ -1865,15 +1871,13 @@ def main(args: Args) -> Path | None:
     # filming wants the simulators in this process
     eval_envs = make(args.eval_episodes, args.async_envs and not film, film)
     try_out(eval_envs, film)
-    obs_dim = envs.single_observation_space.shape[0]
-    act_dim = envs.single_action_space.shape[0]
-    refuse_too_large(args, obs_dim, act_dim, device)
+    refuse_too_large(args, envs.obs_dim, envs.act_dim, device)
     torch.manual_seed(args.seed)  # the networks' initial weights
-    agent = Agent(obs_dim, act_dim, args, device)
+    agent = Agent(envs.obs_dim, envs.act_dim, args, device)
     if args.evaluate:
         return replay(args, agent, eval_envs)
 
-    buffer = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
+    buffer = ReplayBuffer(args.buffer_size, envs.obs_dim, envs.act_dim, device)
     # random actions, noise, replay sampling
     rng = Generator(device).manual_seed(args.seed)
     run = Run(args, agent, buffer, envs, eval_envs, rng, StopSignal())
@@ -1887,8 +1891,7 @@ def run_to_the_end(run: Run) -> Path:
         return run.dir
     try:
         run.open()
-        sizes = f"{run.envs.single_observation_space.shape[0]} observations, "
-        sizes += f"{run.envs.single_action_space.shape[0]} actions"
+        sizes = f"{run.envs.obs_dim} observations, {run.envs.act_dim} actions"
         say(f"{sizes}, replay buffer of {run.buffer.rows.nbytes / 1e9:.2f} GB; {run.dir}")
         with run.stop:
             run.work()  # what a stop left undone
