@@ -206,36 +206,30 @@ class TwinCritic(nn.Module):
 
 
 class RewardScale(nn.Module):
-    """What rewards are divided by, so that discounted returns fit the atoms.
-
-    max(std of the discounted return, its largest absolute value / v_max), as in SimbaV2.
-    """
+    """What divides rewards: max(std of G, largest |G| / v_max) of all discounted returns G."""
 
     def __init__(self, args: Args):
         super().__init__()
-        self.v_max = args.v_max
-        self.fixed = not args.normalize_rewards
         self.register_buffer("returns", torch.zeros(args.num_envs))  # G of running episodes
-        for name in "count", "mean", "squares", "largest":  # of all G so far
+        for name in "count", "mean", "squares", "largest":
             self.register_buffer(name, torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
 
     @torch.no_grad()
-    def observe(self, rewards: np.ndarray, ended: np.ndarray, gamma: float) -> None:
-        """Rewards (num_envs,) of a step, and whether it ended an episode."""
-        if self.fixed:
+    def observe(self, rewards: np.ndarray, ended: np.ndarray, args: Args) -> None:
+        """A step's rewards (num_envs,), and whether it ended an episode."""
+        if not args.normalize_rewards:
             return
         device = self.scale.device
-        self.returns.mul_(gamma).add_(torch.as_tensor(rewards, device=device))
+        self.returns.mul_(args.gamma).add_(torch.tensor(np.float32(rewards), device=device))
         # Welford's update by a batch
-        n = len(self.returns)
-        self.count += n
+        self.count += len(self.returns)
         shift = self.returns - self.mean
         self.mean += shift.sum() / self.count
         self.squares += (shift * (self.returns - self.mean)).sum()
         self.largest.copy_(torch.maximum(self.largest, self.returns.abs().max()))
         std = (self.squares / self.count).sqrt()
-        self.scale.copy_(torch.maximum(std, self.largest / self.v_max).clamp(min=1e-6))
+        self.scale.copy_(torch.maximum(std, self.largest / args.v_max).clamp(min=1e-6))
         self.returns[torch.as_tensor(ended, device=device)] = 0
 
 
@@ -321,22 +315,21 @@ def critic_loss(
 
     next_actions a' (B, act_dim) and their entropy bonus -alpha log pi(a'|s') (B,).
     """
-    rewards = args.reward_scale * batch["rewards"]
-    bootstrap = args.gamma * (1 - batch["terminations"])
+    bootstrap = args.gamma * (1 - batch["terminations"][:, None])  # (B, 1)
     with torch.no_grad():
-        next_logits = target_critic.logits(batch["next_obs"], next_actions)  # (2, B, K)
-        next_q = target_critic.mean(next_logits)  # (2, B)
+        rewards = args.reward_scale * batch["rewards"][:, None]
+        following = target_critic.logits(batch["next_obs"], next_actions)  # (2, B, K)
+        smaller = target_critic.mean(following).argmin(0)  # (B,)
+        following = following.take_along_dim(smaller[None, :, None], 0).squeeze(0)  # (B, K)
+        values = following if args.num_atoms == 1 else critic.atoms
+        y = rewards + bootstrap * (values + bonus[:, None])  # (B, K)
+        if args.num_atoms > 1:
+            y = project(following.softmax(-1), y, critic.atoms)
     logits = critic.logits(batch["obs"], batch["actions"])  # (2, B, K)
-    q = critic.mean(logits)
+    q = critic.mean(logits.detach())
     if args.num_atoms == 1:
-        y = rewards + bootstrap * (next_q.amin(0) + bonus)
-        return (q - y).square().mean(1).sum(), q.detach()
-    with torch.no_grad():
-        smaller = next_q.argmin(0)  # (B,)
-        p = next_logits.softmax(-1).take_along_dim(smaller[None, :, None], 0).squeeze(0)
-        values = critic.atoms + bonus[:, None]  # (B, K)
-        y = project(p, rewards[:, None] + bootstrap[:, None] * values, critic.atoms)
-    return -(y * logits.log_softmax(-1)).sum(-1).mean(1).sum(), q.detach()
+        return (logits - y).square().mean((1, 2)).sum(), q
+    return -(y * logits.log_softmax(-1)).sum(-1).mean(1).sum(), q
 
 
 def policy_loss(policy, critic, obs: Tensor, e: Tensor, alpha: Tensor, tanh_correction: bool):
@@ -384,13 +377,11 @@ def update_alpha(agent: Agent, entropy: Tensor, args: Args) -> None:
     agent.optimizers["alpha"].step()
 
 
-LOSSES = critic_loss, policy_loss
-
-
-def update(agent: Agent, batch: dict, args: Args, rng, _improve_policy=True, losses=LOSSES) -> dict:
+def update(agent, batch: dict, args: Args, rng, _improve_policy=True, losses=None) -> dict:
     """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
     # what changes between calls is a tensor, so that a CUDA graph can record an update
     obs = batch["obs"]
+    losses = losses or (critic_loss, policy_loss)
     alpha = agent.log_alpha.detach().exp()
     shape = (2, len(obs), agent.policy.act_dim)
     e, next_e = torch.randn(shape, generator=rng, device=obs.device)
@@ -504,7 +495,7 @@ def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng, obs) -
         # step, store: where an episode ended, next_obs already belongs to the one after it
         next_obs, rewards, terminations, truncations, infos = envs.step_wait()
         run.metrics |= infos["charts"]  # return and length of an episode that has ended
-        agent.reward_scale.observe(rewards, terminations | truncations, args.gamma)
+        agent.reward_scale.observe(rewards, terminations | truncations, args)
         outcome = {"rewards": rewards, "next_obs": infos["last_obs"], "terminations": terminations}
         buffer.add(obs=obs, actions=actions, **outcome)
         obs = next_obs
@@ -1409,7 +1400,7 @@ METRICS = "losses/critic_loss", "losses/q_values", "losses/policy_loss"
 METRICS += "policy/entropy", "policy/alpha"
 ALGORITHM = __doc__.partition(":")[0]  # of whom a file is, whatever the script is called
 MAY_BE_ZERO = {"seed", "eval_every", "checkpoint_every", "torch_threads"}
-AT_MOST = {"gamma": 1, "tau": 1}
+AT_MOST = {"gamma": 1, "tau": 1, "num_atoms": 1_001}
 AT_MOST |= {"seed": 2**32 - 1, "num_envs": 10_000, "eval_episodes": 10_000}
 AT_MOST |= {"utd": 1_000, "torch_threads": 1_024}
 RISING = {"log_std_range"}
@@ -1436,6 +1427,11 @@ def own_rules(args: Args) -> list[tuple[bool, str]]:
             f"--learning-starts {no_more} --total-timesteps",
         ),
         (updates >= 1, "--utd gives no update; raise it or --total-timesteps"),
+        (args.num_atoms != 2, "--num-atoms 2 is too few: 1, or at least 3"),
+        (
+            args.num_atoms > 1 or args.normalize_rewards or args.v_max == Args.v_max,
+            "--v-max does nothing without --num-atoms or --normalize-rewards",
+        ),
     ]
 
 
@@ -1726,7 +1722,7 @@ def accelerate(
     try:
         for network in agent.policy, agent.critic, agent.target_critic:
             network.compile(dynamic=False)
-        losses = [torch.compile(loss, dynamic=False) for loss in LOSSES]
+        losses = [torch.compile(f, dynamic=False) for f in (critic_loss, policy_loss)]
         fast = partial(improve, losses=losses)
     except Exception as error:
         go_eager(error)

@@ -67,7 +67,7 @@ SHARED = [
     (MVP, ["act_explore", "MODES", "DEPLOYED", "cost_of"]),
     ([*MVP, PLUS], ["prepare_update"]),
     (MVP, ["update_critic"]),
-    (["mvp_online", "sac_online"], ["AT_MOST"]),
+    ([PLUS, "sac_online"], ["RewardScale", "project"]),
 ]
 
 # blocks that a script legitimately lacks or has otherwise, and why
@@ -80,6 +80,9 @@ EXCEPTIONS = {
     (PLUS, "own_rules"): "its flags depend on each other",
     (PLUS, "refuse_too_large"): "its critics have atoms and a depth of their own",
     (PLUS, "accelerate"): "it compiles the critics' loss too",
+    ("sac_online", "train"): "its rewards' scale sees every step",
+    ("sac_online", "accelerate"): "it compiles the critics' loss too",
+    ("sac_online", "own_rules"): "its critics may have atoms",
     ("dpmd_online", "mirror_descent_targets"): "it has no particles",
     ("dpmd_online", "update_q_statistics"): "it has no particles",
     ("dpmd_online", "update"): "it has no particles and no bfloat16",
