@@ -818,6 +818,24 @@ def test_a_latent_climbs_its_own_hill():
     assert (own.sign() == start.sign())[far].float().mean() > 0.99
 
 
+@pytest.mark.slow
+def test_a_network_does_not_keep_both_hills():
+    """Latents share its weights: the larger group drags the other along. Expected, not hidden."""
+    agent, args = make_agent(act_dim=1, hidden_dim=32, num_candidates=8, policy_lr=1e-3)
+    hills, generator, obs = torch.tensor([-0.6, 0.6]), rng(), torch.zeros(128, OBS)
+    for _ in range(1_000):
+        with torch.no_grad():
+            candidates, _, z = plus.propose(agent.policy, obs, 0.2, args, generator)
+            w = plus.candidate_weights(agent, -(candidates - hills).square().amin(-1), args)
+        plus.update_policy(agent, obs, z, candidates, w, args, generator, plus.policy_loss)
+        plus.update_temperature(agent, w, args)
+    z = 0.5 * torch.randn((1_000, 1), generator=generator)
+    with torch.no_grad():
+        actions = plus.generate(agent.policy, torch.zeros(1_000, OBS), z)
+    near = ((actions - hills).abs() < 0.2).float().mean(0)
+    assert near.sum() > 0.95 and near.max() > 0.95
+
+
 # ---------------------------------------------------------------------------- whole runs
 
 

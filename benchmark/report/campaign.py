@@ -37,11 +37,12 @@ VARIANT = "FPMD (variant not named)"
 ALGORITHMS = {
     "fpmd_online": Algorithm("FPMD-R", ("one_step",), ("FPMD-R", VARIANT)),
     "fpmd_meanflow_online": Algorithm("FPMD-M", ("one_step",), ("FPMD-M", VARIANT)),
+    "fpmd_plus_online": Algorithm("FPMD+", ("one_step",), ()),
     "mvp_online": Algorithm("MVP", ("one_step",), ("MVP",)),
     "sac_online": Algorithm("SAC", ("one_step", "sampled"), ("SAC",)),
     "dpmd_online": Algorithm("DPMD", ("best_of_n", "one_candidate"), ("DPMD/SDAC", "DPMD")),
 }
-ONE_STEP = "fpmd_online", "fpmd_meanflow_online", "mvp_online"
+ONE_STEP = "fpmd_online", "fpmd_meanflow_online", "fpmd_plus_online", "mvp_online"
 BASELINES = "sac_online", "dpmd_online"
 MODES = {"one_step": "one step", "best_of_n": "best of N", "one_candidate": "one candidate"}
 MODES |= {"sampled": "sampled action"}

@@ -15,6 +15,7 @@ import numpy as np
 ALGORITHMS = {
     "fpmd_online": "#0072B2",
     "fpmd_meanflow_online": "#D55E00",
+    "fpmd_plus_online": "#56B4E9",
     "mvp_online": "#009E73",
     "sac_online": "#000000",
     "dpmd_online": "#CC79A7",
