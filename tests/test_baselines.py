@@ -197,6 +197,53 @@ def test_sac_critic_loss_against_numpy():
     assert np.abs(next_q[0] - next_q[1]).min() < np.abs(next_q[0] - next_q[1]).max()
 
 
+def test_sac_distributional_loss_against_a_loop():
+    """Atoms moved by reward and bonus, shared by their neighbours; the smaller mean's critic."""
+    changes = {"gamma": 0.9, "reward_scale": 0.7, "num_atoms": 11, "v_max": 2.0}
+    agent, args = make_agent(sac, **changes, critic_layer_norm=True)
+    randomise(agent.critic, 1)
+    randomise(agent.target_critic, 2)
+    batch, next_actions = make_batch(), torch.rand(BATCH, ACT, generator=rng()) * 2 - 1
+    bonus = torch.randn(BATCH, generator=rng(1), requires_grad=True)
+    loss, q = sac.critic_loss(agent.critic, agent.target_critic, batch, next_actions, bonus, args)
+    atoms = np.linspace(-2, 2, 11)
+    with torch.no_grad():
+        following = agent.target_critic.logits(batch["next_obs"], next_actions).double()
+        logits = agent.critic.logits(batch["obs"], batch["actions"]).double()
+    p, log_p = following.softmax(-1).numpy(), logits.log_softmax(-1).numpy()
+    expected = 0.0
+    for i in range(BATCH):
+        j = int(np.argmin(p[:, i] @ atoms))
+        target = np.zeros(11)
+        for k, mass in enumerate(p[j, i]):
+            future = 0.9 * (1 - batch["terminations"][i].item()) * (atoms[k] + bonus[i].item())
+            place = (np.clip(0.7 * batch["rewards"][i].item() + future, -2, 2) + 2) / 0.4
+            below = min(int(place), 9)
+            target[below] += mass * (below + 1 - place)
+            target[below + 1] += mass * (place - below)
+        expected -= (target * log_p[:, i]).sum() / BATCH
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    np.testing.assert_allclose(q, logits.softmax(-1).numpy() @ atoms, rtol=1e-4, atol=1e-5)
+    loss.backward()
+    assert bonus.grad is None and not q.requires_grad
+
+
+def test_sac_learns_from_rewards_divided_by_their_scale():
+    """An update with scale 4 is one without on quarter rewards."""
+    after = []
+    for scale, factor in (4.0, 1.0), (1.0, 0.25):
+        agent, args = make_agent(sac, num_atoms=11, normalize_rewards=True)
+        agent.reward_scale.scale.fill_(scale)
+        batch = make_batch()
+        batch["rewards"] = factor * batch["rewards"]
+        sac.update(agent, batch, args, rng(), True)
+        after.append(torch.cat([x.flatten() for x in agent.critic.parameters()]))
+    torch.testing.assert_close(*after)
+    assert not torch.equal(
+        after[0], torch.cat([x.flatten() for x in agent.target_critic.parameters()])
+    )
+
+
 @pytest.mark.parametrize("correction", [True, False])
 def test_sac_policy_loss_against_numpy(correction):
     """mean of alpha log pi - min(Q_1, Q_2) at the reparameterised action, and the entropy."""
