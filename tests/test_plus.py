@@ -479,7 +479,8 @@ def test_update_uses_one_generation_for_both_losses(monkeypatch, imitation, td_a
     }
     one_update(plus, agent, batch, args, rng())
     ((given, (candidates, _, z)),) = calls["propose"]
-    assert given[1].equal(batch["next_obs"]) and given[2] == args.noise_scale
+    assert given[0] is agent.policy and given[1].equal(batch["next_obs"])
+    assert given[2] == args.noise_scale
     with torch.no_grad():
         scores = critic(batch["next_obs"], candidates).amin(0)
     best = scores.argmax(0)
