@@ -54,6 +54,14 @@ ONE_IS_FAST |= {"test_video_of_a_replay", "test_a_script_runs_alone"}
 # and here one script is tested alone: harder tests, run for all, include what these would show
 ONE_IS_ENOUGH = {"test_constant_reward", "test_reward_depends_on_observation"}
 ONE_IS_ENOUGH |= {"test_video_of_a_replay"}
+# and here those whose critics, or whose rules and files, have a text of their own
+OWN_TEXT_ONLY = {"test_time_limit_is_no_termination", "test_reward_comes_later"}
+OWN_TEXT_ONLY |= {"test_flags_and_environments_are_refused_in_one_line"}
+OWN_TEXT_ONLY |= {"test_files_of_runs_are_refused_in_one_line"}
+LIKE_OTHERS = {"fpmd_meanflow_online", "dpmd_online", "mvp_offline_to_online"}
+ALWAYS_SLOW = {"test_time_limit_is_no_termination", "test_reward_depends_on_both"}
+ALWAYS_SLOW |= {"test_reward_depends_on_observation", "test_ray_survives_the_same_kills"}
+ALWAYS_SLOW |= {"test_end_to_end_on_real_physics"}
 
 
 # a shell's background job ignores Ctrl-C, and so would the programs under test
@@ -69,10 +77,11 @@ def pytest_collection_modifyitems(config, items):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         script = parameters.get("script", parameters.get("name"))
         names = {item.module.__name__, item.originalname}
-        if names & ONE_IS_FAST and script in FILES and script != "fpmd_online":
+        another = script in FILES and script != "fpmd_online"
+        if names & ALWAYS_SLOW or (names & ONE_IS_FAST and another):
             item.add_marker(pytest.mark.slow)
-            if names & ONE_IS_ENOUGH:
-                dropped.append(item)
+        if (names & ONE_IS_ENOUGH and another) or (names & OWN_TEXT_ONLY and script in LIKE_OTHERS):
+            dropped.append(item)
     config.hook.pytest_deselected(items=dropped)
     items[:] = [item for item in items if item not in dropped]
 
