@@ -1549,6 +1549,7 @@ def refuse_too_large(args: Args, obs_dim: int, act_dim: int, device: torch.devic
     numbers = {
         "buffer_size": args.buffer_size * (2 * obs_dim + act_dim + 3),
         "hidden_dim": 50 * args.hidden_dim**2,  # networks, averages, gradients, moments
+        "hidden_layers": 16 * getattr(args, "hidden_layers", 0) * (100 + args.hidden_dim) ** 2,
         "num_candidates": 4 * candidates * states * args.hidden_dim,
     }
     name = max(numbers, key=numbers.get)

@@ -72,7 +72,8 @@ def test_main_compiles_what_an_update_runs(script, run, monkeypatch):
         run(env_id="probe_envs:Constant-v0", total_timesteps=110, utd=0.1, compile=flag)
     networks, losses = compiled[:3], compiled[3:]
     policy = script.Agent(1, 1, script.Args(hidden_dim=1), torch.device("cpu")).policy
-    critics = [script.critic_loss] if script.__name__ == "fpmd_plus_online" else []
+    distributional = script.__name__ in ("fpmd_plus_online", "sac_online")
+    critics = [script.critic_loss] if distributional else []
     assert losses == [*critics, script.policy_loss]
     assert [type(network) for network in networks] == [type(policy)] + 2 * [script.TwinCritic]
 
