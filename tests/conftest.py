@@ -49,20 +49,30 @@ ONE_IS_FAST = {"test_probes", "test_resume", "test_data", "test_speed", "test_tr
 ONE_IS_FAST |= {"test_video_of_a_replay", "test_a_script_runs_alone"}
 
 
+# and here one script is tested alone: harder tests, run for all, include what these would show
+ONE_IS_ENOUGH = {"test_constant_reward", "test_reward_depends_on_observation"}
+ONE_IS_ENOUGH |= {"test_video_of_a_replay"}
+
+
 # a shell's background job ignores Ctrl-C, and so would the programs under test
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """The README's command leaves out what is marked slow; .ci/run has it run afterwards."""
+    dropped = []
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         script = parameters.get("script", parameters.get("name"))
         names = {item.module.__name__, item.originalname}
         if names & ONE_IS_FAST and script in FILES and script != "fpmd_online":
             item.add_marker(pytest.mark.slow)
+            if names & ONE_IS_ENOUGH:
+                dropped.append(item)
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if item not in dropped]
 
 
 def known(script, settings):
