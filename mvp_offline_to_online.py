@@ -1591,7 +1591,7 @@ def refuse_too_large(args: Args, obs_dim: int, act_dim: int, device: torch.devic
     candidates = getattr(args, "num_candidates", 1)
     numbers = {
         "buffer_size": args.buffer_size * (2 * obs_dim + act_dim + 3),
-        "hidden_dim": 50 * args.hidden_dim**2,  # and moments
+        "hidden_dim": 50 * args.hidden_dim**2,  # in all copies
         "hidden_layers": 10_000 * getattr(args, "hidden_layers", 0),
         "num_candidates": 4 * candidates * states * args.hidden_dim,
     }
