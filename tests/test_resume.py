@@ -125,16 +125,22 @@ def test_ctrl_c_spares_the_compiler_and_the_run_is_saved(script, tmp_path):
     assert load(run_dir)["global_step"] > 100
 
 
+def logging_run(script, folder):
+    """A long run in a process of its own, once it has written its first row."""
+    settings = known(script, SMALL) | {"env_id": "Hopper-v4", "total_timesteps": 1_000_000}
+    command = [sys.executable, str(FILES[script.__name__]), *as_flags(settings)]
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while not list(folder.glob("runs/*/metrics.csv")) and time.time() < deadline:
+        time.sleep(0.1)
+    return process
+
+
 @pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGHUP])
 def test_two_signals_at_once_are_one(script, tmp_path, second):
     """GNU timeout signals a process and then its group, this process included."""
-    settings = known(script, SMALL) | {"env_id": "Hopper-v4", "total_timesteps": 1_000_000}
-    command = [sys.executable, str(FILES[script.__name__]), *as_flags(settings)]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 60
-    while not list(tmp_path.glob("runs/*/metrics.csv")) and time.time() < deadline:
-        time.sleep(0.1)
+    process = logging_run(script, tmp_path)
     for signum in signal.SIGTERM, second:
         process.send_signal(signum)
         time.sleep(0.003)
@@ -148,12 +154,7 @@ def test_two_signals_at_once_are_one(script, tmp_path, second):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_run_goes_on(script, run, tmp_path, signum):
     """Exit status 128 + signal, a checkpoint at the step it stopped, and an exact continuation."""
-    settings = known(script, SMALL) | {"env_id": "Hopper-v4", "total_timesteps": 1_000_000}
-    command = [sys.executable, str(FILES[script.__name__]), *as_flags(settings)]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 60
-    while not list(tmp_path.glob("runs/*/metrics.csv")) and time.time() < deadline:
-        time.sleep(0.1)
+    process = logging_run(script, tmp_path)
     process.send_signal(signum)
     _, stderr = process.communicate(timeout=60)
     (run_dir,) = tmp_path.glob("runs/*")
