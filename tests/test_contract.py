@@ -451,4 +451,4 @@ def test_readme_snippet_acts(script, run, monkeypatch):
     monkeypatch.chdir(run_dir)
     names = {}
     exec(snippet, names)
-    assert names["obs"].shape == (11,) and names["env"].count == 1
+    assert names["act"](torch.zeros(11)).shape == (3,)  # numbers: test_export.py

@@ -97,7 +97,7 @@ def test_a_graph_acts_as_its_script(name, tmp_path):
     """Actions, whatever the batch, and returns, from raw observations and standard normal noise."""
     trained = policies.read(policy_file(name, tmp_path))
     script = trained.module
-    content = export.to_onnx(trained.in_own_units(), trained)
+    content = export.serialise(trained, ".onnx")
     policy = act.OnnxPolicy(content)
     chunk = (3,) if name == "mvp_offline_to_online" else ()
     assert [x.name for x in policy.session.get_outputs()] == ["action"]

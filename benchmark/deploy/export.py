@@ -29,7 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
 from benchmark.cli import Parser, output, run, text, whole
 from benchmark.deploy import act, policies
-from benchmark.deploy.policies import EnvironmentPolicy, Trained
+from benchmark.deploy.policies import Trained
 from benchmark.files import exists, fail, whole_file
 
 import numpy as np
@@ -89,14 +89,16 @@ def with_fast_activations(model: nn.Module, module) -> nn.Module:
     return model
 
 
-def to_onnx(model: EnvironmentPolicy, trained: Trained) -> bytes:
-    """An ONNX file: inputs observation and noise, output action; the compiler is not needed."""
-    inputs = examples(trained)
+def to_onnx(model: nn.Module, inputs: tuple[Tensor, ...], metadata: dict[str, str]) -> bytes:
+    """An ONNX file: inputs observation and noise, output action; the compiler is not needed.
+
+    inputs: of model.forward(*inputs), for a batch of two or more.
+    """
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # torchvision is not installed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own deprecated calls
         program = torch.onnx.export(
-            with_fast_activations(model, trained.module),
+            model,
             inputs,
             dynamo=True,
             opset_version=OPSET,
@@ -105,20 +107,28 @@ def to_onnx(model: EnvironmentPolicy, trained: Trained) -> bytes:
             dynamic_shapes=free_batch(inputs),
             verbose=False,
         )
-    program.model.metadata_props.update(describe(trained))
+    program.model.metadata_props.update(metadata)
     return program.model_proto.SerializeToString()
 
 
-def to_program(model: EnvironmentPolicy, trained: Trained) -> bytes:
+def to_program(model: nn.Module, inputs: tuple[Tensor, ...], metadata: dict[str, str]) -> bytes:
     """A file for torch.export.load; metadata.json lies inside."""
-    inputs = examples(trained)
     program = torch.export.export(model, inputs, dynamic_shapes=free_batch(inputs))
     stream = io.BytesIO()
-    extra = {"metadata.json": json.dumps(describe(trained))}
+    extra = {"metadata.json": json.dumps(metadata)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of weights that are not on a CPU
         torch.export.save(program, stream, extra_files=extra)
     return stream.getvalue()
+
+
+def serialise(trained: Trained, suffix: str) -> bytes:
+    """The file's content in the format of its suffix."""
+    model = trained.in_own_units()
+    rest = examples(trained), describe(trained)
+    if suffix == ".onnx":
+        return to_onnx(with_fast_activations(model, trained.module), *rest)
+    return to_program(model, *rest)
 
 
 def batched(content: bytes, suffix: str) -> Callable:
@@ -220,7 +230,7 @@ def export(trained: Trained, path: Path, episodes: int = 10) -> list[str]:
     """
     model = trained.in_own_units()
     played = policies.play(trained, episodes) if episodes else None
-    content = (to_onnx if path.suffix == ".onnx" else to_program)(model, trained)
+    content = serialise(trained, path.suffix)
     batch = batched(content, path.suffix)
     error, share = difference(trained, batch, observations(trained, played))
     if not share < TOLERANCE:
