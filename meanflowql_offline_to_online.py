@@ -1499,7 +1499,7 @@ METRICS = "losses/critic_loss", "losses/q_values", "losses/critic_grad_norm"
 METRICS += "losses/meanflow_loss", "losses/value_loss", "losses/bound_loss"
 METRICS += "losses/policy_grad_norm", "policy/meanflow_error", "policy/mse_to_data"
 METRICS += "policy/outside_box", "policy/best_of_n_gain", "policy/candidate_spread"
-METRICS += "charts/policy_lr", "charts/success"  # of training's last episode
+METRICS += "charts/policy_lr", "charts/success"  # of an episode
 ALGORITHM = __doc__.partition(":")[0]  # of whom a file is, whatever the script is called
 MAY_BE_ZERO = {"seed", "eval_every", "checkpoint_every", "torch_threads"}
 MAY_BE_ZERO |= {"offline_steps", "total_timesteps", "learning_starts", "alpha", "time_steps"}
@@ -1894,7 +1894,6 @@ def main(args: Args) -> Path | None:
         buffer.add(**data)
         if args.normalize_obs:
             fit_statistics(agent, data["obs"])
-    # noise, replay sampling
     rng = Generator(device).manual_seed(args.seed)
     run = Run(args, agent, buffer, envs, eval_envs, rng, StopSignal())
     return run_to_the_end(run)

@@ -1,12 +1,13 @@
-"""What surrounds the scripts: it runs them (launch), times them (measure), draws and reports.
+"""What surrounds the scripts: it runs them (launch), times them (measure), draws and reports, and
+takes trained policies to where they act (deploy).
 
 Each program is run by its path, `python benchmark/measure/speed.py`, from anywhere. Python then
 looks for modules in the program's own folder, so every program first adds the repository's root;
 `benchmark` and the scripts are imported from there by their full names. It imports `benchmark`
 before anything that takes long: from then on whatever fails is one line (cli.py).
-What imports what: cli.py, files.py and runs.py serve all; launch and report import no other
-folder, measure imports launch's collect.py, and figures imports report's style. gpu.py stands on
-measure and starts programs as a user would.
+What imports what: cli.py, files.py and runs.py serve all; deploy, launch and report import no other
+folder, measure imports launch's collect.py and deploy's graphs, and figures imports report's style.
+gpu.py stands on measure and starts programs as a user would.
 """
 
 import subprocess

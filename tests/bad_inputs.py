@@ -827,6 +827,8 @@ NEEDS = {  # what a program cannot do without, so that the flag under test is wh
     "gpu": ["--smoke", "--output", "out"],
     "speed": ["--modes", "eager", "--settings", "2,1", "--output", "out.csv"],
     "latency": ["--modes", "eager", "--output", "out.csv"],
+    "export": ["policy.pt", "--output", "policy.onnx"],
+    "act": ["policy.onnx"],
     "constraint": ["--output", "out"],
     "one_step": ["--output", "out.png"],
     "trajectories": ["--policies", "folder", "--output", "out.png"],

@@ -36,10 +36,11 @@ def test_every_program_runs_by_its_path_from_anywhere(path, tmp_path):
 @pytest.mark.parametrize(
     ("folder", "others"),
     [
-        ("launch", ["measure", "report", "figures"]),
+        ("launch", ["measure", "report", "figures", "deploy"]),
+        ("deploy", ["launch", "measure", "report", "figures"]),
         ("measure", ["report", "figures"]),
-        ("report", ["launch", "measure", "figures"]),
-        ("figures", ["launch", "measure"]),
+        ("report", ["launch", "measure", "figures", "deploy"]),
+        ("figures", ["launch", "measure", "deploy"]),
     ],
 )
 def test_folders_know_only_what_is_below_them(folder, others):

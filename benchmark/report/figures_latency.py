@@ -12,7 +12,8 @@ def draw_latency(path: Path, output: Path) -> None:
     rows = read(path)
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     cases = list(dict.fromkeys((row["policy"], row["steps"]) for row in rows))
-    modes = [m for m in ("eager", "compiled", "captured") if any(r["mode"] == m for r in rows)]
+    known = "eager", "compiled", "onnxruntime", "captured"
+    modes = [mode for mode in known if any(row["mode"] == mode for row in rows)]
     figure, panels = style.grid_of_panels(len(batches), 0.8 + 0.44 * len(cases), sharey=True)
     colours = {a.name: style.ALGORITHMS[key] for key, a in ALGORITHMS.items()}
     for panel, batch in zip(panels, batches, strict=True):
@@ -22,11 +23,12 @@ def draw_latency(path: Path, output: Path) -> None:
         left = 10 ** math.floor(math.log10(low / 1.5))
         for row in own:
             place = cases.index((row["policy"], row["steps"]))
-            y = place + 0.4 * (modes.index(row["mode"]) - (len(modes) - 1) / 2)
+            y = place + 0.8 / len(modes) * (modes.index(row["mode"]) - (len(modes) - 1) / 2)
             ms, slow = float(row["median_ms"]), float(row["p99_ms"])
-            colour = colours[row["policy"].split(",")[0]]
+            colour = colours.get(row["policy"].split(",")[0], style.DARK)  # plain products
             alpha = 1.0 if row["mode"] == modes[-1] else 0.45
-            panel.barh(y, ms - left, left=left, color=colour, alpha=alpha, height=0.36, lw=0)
+            thick = 0.72 / len(modes)
+            panel.barh(y, ms - left, left=left, color=colour, alpha=alpha, height=thick, lw=0)
             panel.plot(slow, y, "|", color=style.DARK, ms=7)
             words = f" {row['mode']}" if place == 0 and len(modes) > 1 else ""
             beside = {"textcoords": "offset points", "va": "center"}

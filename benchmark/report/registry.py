@@ -70,6 +70,7 @@ def registry() -> Registry:
     add_meanflowql(found)
     add_latency(found, "cpu", "a CPU")
     add_latency(found, "cuda", "a GPU")
+    add_latency(found, "core", "one CPU core")
     return found
 
 
