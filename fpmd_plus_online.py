@@ -410,7 +410,9 @@ def update_policy(agent: Agent, obs, z, candidates, w, args: Args, rng, loss_fn)
     return {"losses/policy_loss": loss.detach()}
 
 
-def flow_spread(policy: nn.Module, obs: Tensor, own: Tensor, args: Args, rng: Generator) -> Tensor:
+def latent_spread(
+    policy: nn.Module, obs: Tensor, own: Tensor, args: Args, rng: Generator
+) -> Tensor:
     """Std of own actions (..., B, act_dim) over latents: half the squared distance to others."""
     z = args.prior_std * torch.randn(own.shape[-2:], generator=rng, device=obs.device)
     return ((own - generate(policy, obs, z)).square().mean() / 2).sqrt()
@@ -430,7 +432,7 @@ def update(agent, batch: dict, args: Args, rng, _improve_policy=True, losses=Non
             candidates[-1] = climb(agent.critic, obs, own.expand_as(candidates)[-1], args)
         best, scores = select_action(agent.critic, obs, candidates)
         w = candidate_weights(agent, scores, args)
-        metrics = {"policy/flow_spread": flow_spread(agent.policy, obs, own, args, rng)}
+        metrics = {"policy/flow_spread": latent_spread(agent.policy, obs, own, args, rng)}
     next_actions = best if args.td_action == "best" else candidates[0]
     metrics |= update_critic(agent, batch, next_actions, args, losses[0])
     metrics |= update_policy(agent, obs, z, candidates, w, args, rng, losses[1])

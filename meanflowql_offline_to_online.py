@@ -418,6 +418,7 @@ def update(agent: Agent, batch: dict, args: Args, rng, _improve_policy=True, los
     move_towards(agent.target_critic, agent.critic, args.tau)
     metrics["policy/best_of_n_gain"] = (scores.amax(0) - scores.mean(0)).mean()
     metrics["policy/candidate_spread"] = candidates.std(0, correction=0).mean()
+    metrics["policy/flow_spread"] = metrics["policy/candidate_spread"]  # no noise is added
     metrics["charts/policy_lr"] = agent.policy_lr
     return metrics
 
@@ -1499,6 +1500,7 @@ METRICS = "losses/critic_loss", "losses/q_values", "losses/critic_grad_norm"
 METRICS += "losses/meanflow_loss", "losses/value_loss", "losses/bound_loss"
 METRICS += "losses/policy_grad_norm", "policy/meanflow_error", "policy/mse_to_data"
 METRICS += "policy/outside_box", "policy/best_of_n_gain", "policy/candidate_spread"
+METRICS += ("policy/flow_spread",)
 METRICS += "charts/policy_lr", "charts/success"  # of an episode
 ALGORITHM = __doc__.partition(":")[0]  # of whom a file is, whatever the script is called
 MAY_BE_ZERO = {"seed", "eval_every", "checkpoint_every", "torch_threads"}

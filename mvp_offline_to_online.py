@@ -355,6 +355,12 @@ def update_policy(agent: Agent, obs, actions, w, args: Args, rng: Generator, los
     return {"losses/policy_loss": meanflow.detach(), "losses/ivc_loss": constraint.detach()}
 
 
+def flow_spread(candidates: Tensor, noise_std) -> Tensor:
+    """Std of actions (N, B, act_dim) less that of the noise on them: variances add."""
+    variance = candidates.var(0, correction=min(1, len(candidates) - 1)).mean()
+    return (variance - noise_std**2).clamp(min=0).sqrt()
+
+
 def update(agent: Agent, batch: dict, args: Args, rng, _improve_policy=True, loss_fn=None) -> dict:
     """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
     # what changes between calls is a tensor, so that a CUDA graph can record an update
@@ -367,6 +373,7 @@ def update(agent: Agent, batch: dict, args: Args, rng, _improve_policy=True, los
     metrics = update_critic(agent, batch, next_actions, args)
     metrics["policy/best_of_n_gain"] = (scores.amax(0) - scores.mean(0)).mean()
     metrics["policy/candidate_spread"] = candidates.std(0, correction=0).mean()
+    metrics["policy/flow_spread"] = flow_spread(candidates, args.noise_scale)
     obs, actions, w = imitation_targets(batch, next_actions, args)
     metrics |= update_policy(agent, obs, actions, w, args, rng, loss_fn)
     move_towards(agent.target_critic, agent.critic, args.tau)
@@ -1490,6 +1497,7 @@ def load(path: str, name: str) -> tuple[Path, dict]:
 # what update returns, and so the columns of metrics.csv
 METRICS = "losses/critic_loss", "losses/q_values", "losses/policy_loss"
 METRICS += "losses/ivc_loss", "policy/best_of_n_gain", "policy/candidate_spread"
+METRICS += ("policy/flow_spread",)
 METRICS += ("charts/success",)  # of training's last episode
 ALGORITHM = __doc__.partition(":")[0]  # of whom a file is, whatever the script is called
 MAY_BE_ZERO = {"seed", "eval_every", "checkpoint_every", "torch_threads", "noise_scale"}

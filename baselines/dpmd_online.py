@@ -402,6 +402,12 @@ def update_q_statistics(agent: Agent, scores: Tensor, rate: float) -> None:
     agent.q_std.lerp_(q.std(correction=0), rate).clamp_(min=1e-6)  # or a constant Q gives 0 / 0
 
 
+def flow_spread(candidates: Tensor, noise_std) -> Tensor:
+    """Std of actions (N, B, act_dim) less that of the noise on them: variances add."""
+    variance = candidates.var(0, correction=min(1, len(candidates) - 1)).mean()
+    return (variance - noise_std**2).clamp(min=0).sqrt()
+
+
 def update(agent: Agent, batch: dict, args: Args, rng, improve_policy: bool, loss_fn=None) -> dict:
     """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
     # what changes between calls is a tensor, so that a CUDA graph can record an update
@@ -413,6 +419,7 @@ def update(agent: Agent, batch: dict, args: Args, rng, improve_policy: bool, los
         next_actions, scores = select_action(agent.critic, next_obs, candidates)
     metrics = update_critic(agent, batch, next_actions, args)
     metrics["policy/candidate_spread"] = candidates.std(0, correction=0).mean()
+    metrics["policy/flow_spread"] = flow_spread(candidates, alpha * args.noise_scale)
     if improve_policy:
         targets, w = mirror_descent_targets(agent, candidates, scores, args)
         metrics["policy/ess"] = w.mean().square() / w.square().mean()  # effective sample size / B
@@ -1441,7 +1448,7 @@ def load(path: str, name: str) -> tuple[Path, dict]:
 
 # what update returns, and so the columns of metrics.csv
 METRICS = "losses/critic_loss", "losses/q_values", "losses/policy_loss"
-METRICS += "policy/candidate_spread", "policy/ess", "policy/alpha"
+METRICS += "policy/candidate_spread", "policy/flow_spread", "policy/ess", "policy/alpha"
 ALGORITHM = __doc__.partition(":")[0]  # of whom a file is, whatever the script is called
 MAY_BE_ZERO = {"seed", "eval_every", "checkpoint_every", "torch_threads", "noise_scale"}
 MAY_BE_ZERO |= {"policy_lr_decay"}

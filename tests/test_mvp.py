@@ -643,7 +643,10 @@ def test_metrics(monkeypatch):
     spread = candidates.std(0).mean()
     assert metrics["policy/candidate_spread"].item() == pytest.approx(spread, rel=1e-4)
     losses = {"losses/critic_loss", "losses/q_values", "losses/policy_loss", "losses/ivc_loss"}
-    assert losses | {"policy/best_of_n_gain", "policy/candidate_spread"} == set(metrics)
+    spreads = {"policy/candidate_spread", "policy/flow_spread"}
+    assert losses | {"policy/best_of_n_gain"} | spreads == set(metrics)
+    flow = np.sqrt(candidates.var(0, ddof=1).mean())  # no noise is added by default
+    assert metrics["policy/flow_spread"].item() == pytest.approx(flow, rel=1e-4)
 
 
 def test_bfloat16_generates_but_does_not_rank(monkeypatch):

@@ -708,17 +708,17 @@ def test_metrics_against_numpy(monkeypatch, setting):
 
 @pytest.mark.parametrize("imitation", ["regression", "meanflow"])
 @pytest.mark.parametrize("prior_std", [0.2, 0.5])
-def test_flow_spread_of_a_known_generator(imitation, prior_std):
+def test_latent_spread_of_a_known_generator(imitation, prior_std):
     """Latents e ~ N(0, prior_std^2) carried to 0.3 + 0.6 e have a std of 0.6 prior_std."""
     field = OneStep(lambda z: 0.3 + 0.6 * z, act_dim=2, script=plus)
     args = plus.Args(imitation=imitation, prior_std=prior_std)
     obs = torch.zeros(20_000, 3)
     _, own, _ = plus.propose(field, obs, 0.4, args, rng())
-    spread = plus.flow_spread(field, obs, own, args, rng(1))
+    spread = plus.latent_spread(field, obs, own, args, rng(1))
     assert spread.item() == pytest.approx(0.6 * prior_std, rel=0.02)
     still = OneStep(lambda z: 0 * z, act_dim=2, script=plus)
     _, own, _ = plus.propose(still, obs, 0.4, args, rng())
-    assert plus.flow_spread(still, obs, own, args, rng(1)).item() < 1e-6
+    assert plus.latent_spread(still, obs, own, args, rng(1)).item() < 1e-6
 
 
 def test_bfloat16_generates_but_does_not_rank(monkeypatch):

@@ -357,6 +357,18 @@ def test_update_explores_with_the_noise_of_acting(script, monkeypatch):
     assert metrics["policy/alpha"].item() == pytest.approx(2.0)
     spread = calls[0][1].double().numpy().std(0).mean()
     assert metrics["policy/candidate_spread"].item() == pytest.approx(spread, rel=1e-5)
+    flow = script.flow_spread(calls[0][1], 0.6).item()
+    assert metrics["policy/flow_spread"].item() == pytest.approx(flow, rel=1e-5)
+
+
+def test_flow_spread_leaves_out_the_noise(script):
+    """Of actions that differ by 0.3 and carry noise of 0.7; one action alone has no spread."""
+    actions = 0.3 * torch.randn((8, 4096, ACT), generator=rng())
+    noisy = actions + 0.7 * torch.randn(actions.shape, generator=rng(1))
+    assert script.flow_spread(noisy, torch.tensor(0.7)).item() == pytest.approx(0.3, rel=0.05)
+    assert script.flow_spread(actions, 0.0).item() == pytest.approx(0.3, rel=0.05)
+    assert script.flow_spread(0 * actions, 0.7).item() == 0
+    assert script.flow_spread(noisy[:1], 0.0).item() == 0
 
 
 def test_metrics_are_detached_scalars(script):
