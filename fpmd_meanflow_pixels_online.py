@@ -101,7 +101,7 @@ class Args:
     tau: float = 0.005  # rate of target critics and acting policy
     batch_size: int = 256  # transitions per update, B
     random_shift: int = 4  # pixels by which a batch's frames are moved at most
-    buffer_size: int = 1_000_000  # transitions the replay buffer holds
+    buffer_size: int = 500_000  # transitions the replay buffer holds, a frame each
     learning_starts: int = 30_000  # random agent steps before learning
     utd: float = 0.2  # update-to-data ratio: gradient updates per agent step
     num_candidates: int = 32  # N, actions generated per state
@@ -500,10 +500,10 @@ def update_q_statistics(agent: Agent, scores: Tensor, rate: float) -> None:
 def update(agent: Agent, batch: dict, args: Args, rng, improve_policy: bool, loss_fn=None) -> dict:
     """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
     # what changes between calls is a tensor, so that a CUDA graph can record an update
-    images = [random_shift(batch[name], args.random_shift, rng) for name in ("obs", "next_obs")]
-    batch = batch | {"obs": images[0]}
+    batch = batch | {"obs": random_shift(batch["obs"], args.random_shift, rng)}
+    next_images = random_shift(batch["next_obs"], args.random_shift, rng)
     with torch.no_grad():  # only the critics' loss reaches the encoder
-        next_h = agent.encoder(images[1])
+        next_h = agent.encoder(next_images)
     next_obs = agent.policy.trunk(next_h)  # (B, feature_dim), once, before there are candidates
     alpha = agent.log_alpha.detach().exp()
     # one generation at s', by the policy itself, serves the TD target and what is imitated
@@ -566,11 +566,11 @@ class ReplayBuffer:
     def __init__(self, args: Args, obs_shape: tuple, act_dim: int, device: torch.device):
         stack, *picture = obs_shape
         steps = args.buffer_size // args.num_envs  # of all envs at once
-        self.num_envs = args.num_envs
-        self.most_frames = (steps + stack) * args.num_envs
-        self.frames = torch.empty((0, *picture), dtype=torch.uint8, device=device)
-        self.make_room(expected_frames(args))
         size = steps * args.num_envs
+        self.num_envs = args.num_envs
+        # a CPU gives memory where it is written to, and not before
+        slots = frames_held(args)
+        self.frames = torch.empty((slots, *picture), dtype=torch.uint8, device=device)
         self.numbers = torch.empty((size, stack + 1), dtype=torch.int32, device=device)
         self.rows = torch.empty((size, act_dim + 2), device=device)
         self.position = 0
@@ -585,17 +585,8 @@ class ReplayBuffer:
     def size(self) -> int:
         return len(self.oldest) * self.num_envs
 
-    def make_room(self, needed: int) -> None:
-        """Lengthen the frames' ring, which has not been round yet, as far as it may grow."""
-        if len(self.frames) < min(needed, self.most_frames):
-            length = min(max(needed, 2 * len(self.frames)), self.most_frames)
-            frames = self.frames.new_empty((length, *self.frames.shape[1:]))
-            frames[: len(self.frames)] = self.frames
-            self.frames = frames
-
     def store(self, frames: np.ndarray) -> np.ndarray:
         """Store frames (n, size, size, 3), and return their numbers (n,)."""
-        self.make_room(self.written + len(frames))
         numbers = self.written + np.arange(len(frames))
         slots = torch.from_numpy(numbers % len(self.frames))
         self.frames[slots.to(self.frames.device)] = torch.from_numpy(frames).to(self.frames.device)
@@ -1026,8 +1017,10 @@ def make_env(env_id: str, index: int = 0, args: Args | None = None) -> gym.Env:
     if len(shape) != 1:
         flat = gym.spaces.flatten_space(env.action_space)
         env = wrappers.TransformAction(env, lambda action: action.reshape(shape), flat)
-    dt = getattr(env.unwrapped, "dt", None) or 1 / (env.metadata.get("render_fps") or 30)
-    env.metadata = env.metadata | {"render_fps": 1 / (args.action_repeat * dt)}
+    fps = env.metadata.get("render_fps") or 30
+    if hasattr(env.unwrapped, "dt"):  # dm_control's metadata are wrong
+        fps = 1 / env.unwrapped.dt
+    env.metadata = env.metadata | {"render_fps": fps / args.action_repeat}
     return SeededEpisodes(env, index)
 
 
@@ -1558,7 +1551,6 @@ def restore_buffer(buffer: ReplayBuffer, saved: dict) -> None:
     buffer.stacks = saved["stacks"].numpy().copy()
     buffer.begins = saved["begins"].numpy().copy()
     buffer.pieces = saved["pieces"].tolist()
-    buffer.make_room(buffer.written)
     alive = range(max(buffer.written - len(buffer.frames), 0), buffer.written)
     lowest = numbers.reshape(steps, -1).amin(1).tolist()
     highest = max([int(numbers.max()) if size else 0, *buffer.stacks.flat])
@@ -1812,10 +1804,16 @@ def memory_of(device: torch.device) -> float:
     return available
 
 
-def expected_frames(args: Args) -> int:
-    """Frames that a run will hold, if its episodes last for fifty steps and more."""
-    steps = min(args.buffer_size, args.total_timesteps)
-    return steps + steps // 50 + args.num_envs * (args.frame_stack + 1)
+def frames_held(args: Args) -> int:
+    """As many as full stacks need for buffer_size steps, or as a run can bring at most.
+
+    At most: every step ends its episode, and so brings two. As many are held for the newest step,
+    whose oldest frame dates from K steps before it.
+    """
+    longest = args.frame_stack + 1
+    needed = max(args.buffer_size // args.num_envs + args.frame_stack, 2 * longest)
+    most = 2 * (args.total_timesteps // args.num_envs + longest)
+    return args.num_envs * min(needed, most)
 
 
 def refuse_too_large(args: Args, obs_shape: tuple, act_dim: int, device: torch.device) -> None:
@@ -1826,7 +1824,7 @@ def refuse_too_large(args: Args, obs_shape: tuple, act_dim: int, device: torch.d
     seen = 4 * 4 * args.encoder_channels * (args.image_size // 2) ** 2
     h_dim = Encoder(obs_shape, args.encoder_channels).out_dim
     numbers = {  # of four bytes
-        "buffer_size": expected_frames(args) * pixels // 4
+        "buffer_size": frames_held(args) * pixels // 4
         + args.buffer_size * (act_dim + 4 + 2 * args.frame_stack),
         "image_size": args.batch_size * (seen + 6 * args.frame_stack * pixels),
         # three trunks with gradients and moments, and their slow copies
@@ -2140,7 +2138,7 @@ def run_to_the_end(run: Run) -> Path:
         say(f"{args.total_timesteps:,} agent steps of {args.action_repeat}: {frames:,} frames")
         shape = " x ".join(map(str, run.envs.single_observation_space.shape))
         sizes = f"{shape} observations, {run.envs.single_action_space.shape[0]} actions"
-        frames = f"{run.buffer.frames.nbytes / 1e9:.2f} GB of frames on {run.agent.device}"
+        frames = f"up to {run.buffer.frames.nbytes / 1e9:.2f} GB of frames on {run.agent.device}"
         say(f"{sizes}, {frames}; {run.dir}")
         with run.stop:
             run.work()  # what a stop left undone

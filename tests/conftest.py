@@ -18,7 +18,10 @@ ROOT = Path(__file__).parent.parent
 FILES = [*ROOT.glob("*_online.py"), *ROOT.glob("baselines/*_online.py")]
 FILES = {path.stem: path for path in sorted(FILES)}  # every script
 OFFLINE = [name for name in FILES if "offline" in name]  # start from a dataset; own test files
-SCRIPTS = [name for name in FILES if name not in OFFLINE]
+# their environments are rendered and their agents take frames: own test file, and where the
+# generic tests need no environment of numbers
+PIXELS = [name for name in FILES if "pixels" in name]
+SCRIPTS = [name for name in FILES if name not in [*OFFLINE, *PIXELS]]
 FLOWS = [name for name in SCRIPTS if FILES[name].parent == ROOT]
 FPMD = [name for name in FLOWS if name.startswith("fpmd")]
 CANDIDATES = [*FLOWS, "dpmd_online"]  # they generate N and take the best
@@ -42,6 +45,20 @@ SMALL = {
     "torch_threads": 1,
     "device": "cpu",
 }
+
+
+SEEN = {"image_size": 24, "encoder_channels": 4, "feature_dim": 8, "action_repeat": 1}
+SEEN |= {"async_envs": False}
+
+
+def small(script):
+    """SMALL, for any script."""
+    return SMALL | (SEEN if script.__name__ in PIXELS else {})
+
+
+def obs_of(script, obs_dim=3):
+    """What an Agent is told of its observations: how many numbers, or the shape of a stack."""
+    return (3, 24, 24, 3) if script.__name__ in PIXELS else obs_dim
 
 
 # here one script is tested fast and the others slowly: what is tested is mostly the same text

@@ -10,7 +10,7 @@ import numpy as np
 import pixel_envs
 import pytest
 import torch
-from conftest import FILES, rng
+from conftest import FILES, count, equal, one_update, rng, values
 from test_resume import differences, rows
 
 PIXELS = [name for name in FILES if "pixels" in name]
@@ -144,12 +144,19 @@ def test_buffer_goes_round(script, buffer_size):
     assert buffer_size // 3 * 3 >= size >= buffer_size // 3
 
 
-def test_frames_find_room_where_episodes_are_short(script):
-    """A run shorter than its buffer keeps all of it, whatever its episodes are like."""
+def test_a_run_shorter_than_its_buffer_keeps_all_of_it(script):
+    """Even where each episode brings two frames for one step."""
     happened = Happened(script, 100, 3, total_timesteps=300)
     assert happened.buffer.size == 300
-    assert happened.buffer.written > script.expected_frames(script.Args(**SMALL, seed=1)) - 200
+    assert len(happened.buffer.frames) < 10_000
     assert_equal_to_log(happened.stored(), happened.log)
+
+
+def test_the_smallest_buffer_holds_the_newest_step(script):
+    """A step's oldest frame dates from three steps before it, whatever the other envs brought."""
+    happened = Happened(script, 60, 3, buffer_size=3)
+    assert happened.buffer.size == 3
+    assert_equal_to_log(happened.stored(), happened.log[-3:])
 
 
 def test_each_frame_is_stored_once(script):
@@ -178,6 +185,319 @@ def test_sampling_is_uniform_over_what_is_there(script):
     assert set(found) == {float(row[3]) for row in happened.log[-happened.buffer.size :]}
     expected = 20_000 / happened.buffer.size
     assert np.abs(counts - expected).max() < 6 * expected**0.5
+
+
+# ------------------------------------------------------------------ the random shift
+
+
+def padded_and_cropped(images, pad, offsets):
+    """As DrQ-v2 does it: repeat the edges, then crop at whole pixels; offsets (2, B) from 0."""
+    size = images.shape[2]
+    channels = images.permute(0, 1, 4, 2, 3).flatten(1, 2).float()
+    padded = torch.nn.functional.pad(channels, (pad,) * 4, mode="replicate")
+    return torch.stack(
+        [
+            image[:, y : y + size, x : x + size]
+            for image, y, x in zip(padded, *offsets.tolist(), strict=True)
+        ]
+    )
+
+
+def with_offsets(script, images, pad, offsets):
+    """random_shift with these offsets (2, B) in place of drawn ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = torch.as_tensor(offsets)[:, :, None]
+        patch.setattr(torch, "randint", lambda *_, **__: drawn)
+        return script.random_shift(images, pad, rng())
+
+
+def test_shift_is_a_crop_after_padding(script):
+    images = made_up_batch(81)["obs"]
+    offsets = torch.cartesian_prod(torch.arange(9), torch.arange(9)).T
+    shifted = with_offsets(script, images, 4, offsets - 4)
+    assert shifted.shape == images.shape and shifted.dtype == torch.uint8
+    channels = shifted.permute(0, 1, 4, 2, 3).flatten(1, 2)
+    assert torch.equal(channels.float(), padded_and_cropped(images, 4, offsets))
+    assert torch.equal(shifted[40], images[40])  # no offset
+
+
+def test_shift_moves_what_is_seen(script):
+    """Where the picture moves by (2, -1), so does what it shows, inside the margin."""
+    images = made_up_batch(1)["obs"]
+    (shifted,) = with_offsets(script, images, 4, [[2], [-1]])
+    assert torch.equal(shifted[:, 4:-4, 4:-4], images[0, :, 6:-2, 3:-5])
+
+
+def test_no_shift_and_one_colour_stay(script):
+    images = made_up_batch()["obs"]
+    assert torch.equal(script.random_shift(images, 0, rng()), images)
+    plain = torch.full_like(images, 77)
+    assert torch.equal(script.random_shift(plain, 4, rng()), plain)
+
+
+def ramp(batch_size, frame_stack=3, size=24):
+    """Pictures from which a shift can be read off: red is the row and green the column."""
+    images = torch.zeros((batch_size, frame_stack, size, size, 3), dtype=torch.uint8)
+    images[..., 0] = torch.arange(size)[:, None]
+    images[..., 1] = torch.arange(size)
+    return images
+
+
+def offsets_of(shifted):
+    """(B, K, 2) from ramp's middle pixel."""
+    return shifted[:, :, 12, 12, :2].int() - 12
+
+
+def test_shifts_are_uniform_and_from_the_generator_alone(script):
+    """Each of 81 offsets equally often (chi-square), the same for a stack's frames."""
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    offsets = offsets_of(script.random_shift(ramp(8_100), 4, rng()))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (offsets == offsets[:, :1]).all()
+    cells = 9 * (offsets[:, 0, 0] + 4) + offsets[:, 0, 1] + 4
+    counts = torch.bincount(cells, minlength=81)
+    assert len(counts) == 81
+    assert ((counts - 100) ** 2 / 100).sum() < 125  # 80 degrees of freedom: 124.8 is 0.1 %
+    again = offsets_of(script.random_shift(ramp(8_100), 4, rng()))
+    assert torch.equal(again, offsets)
+
+
+def test_obs_and_next_obs_are_shifted_apart(script, monkeypatch):
+    agent, args = make_agent(script, random_shift=4, batch_size=64)
+    seen = spied(monkeypatch, agent.encoder)
+    batch = made_up_batch(64) | {"obs": ramp(64), "next_obs": ramp(64)}
+    script.update(agent, batch, args, rng(), True)
+    first, second = (offsets_of(images)[:, 0] for images in seen)
+    assert (first != second).any(1).float().mean() > 0.9
+    assert len(first.unique(dim=0)) > 30 and len(second.unique(dim=0)) > 30
+
+
+# ------------------------------------------------------------------ networks and update
+
+
+def spied(monkeypatch, module):
+    """What a module is called with, call by call."""
+    inputs = []
+    forward = module.forward
+
+    def kept(x):
+        inputs.append(x.clone())
+        return forward(x)
+
+    monkeypatch.setattr(module, "forward", kept)
+    return inputs
+
+
+def test_parameter_counts(script):
+    """Those of the authors' networks on walker: 84 pixels, three frames, six actions."""
+    agent = script.Agent((3, 84, 84, 3), 6, script.Args(), CPU)
+    assert count(agent.encoder) == 30_368
+    assert agent.encoder.out_dim == 39_200
+    assert count(agent.critic) == 2 * 2_106_583
+    assert count(agent.policy) == {"fpmd_meanflow_pixels_online": 2_118_204}.get(
+        script.__name__, 2_113_036
+    )
+
+
+@pytest.mark.parametrize("size", [15, 24, 47, 48, 64, 84])
+def test_encoder_knows_its_width(script, size):
+    encoder = script.Encoder((2, size, size, 3), 4)
+    images = torch.zeros((1, 2, size, size, 3), dtype=torch.uint8)
+    assert encoder(images).shape == (1, encoder.out_dim)
+
+
+def test_encoder_against_float64(script):
+    """(x / 255 - 0.5), frames' colours as channels with the oldest first, four convolutions."""
+    encoder = script.Encoder(SHAPE, 4)
+    images = made_up_batch(3)["obs"]
+    x = np.concatenate(list(images.double().numpy().transpose(1, 0, 4, 2, 3)), 1) / 255 - 0.5
+    for layer in (module for module in encoder.layers if hasattr(module, "weight")):
+        weight = layer.weight.detach().double().numpy()
+        bias = layer.bias.detach().double().numpy()
+        windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), (2, 3))
+        windows = windows[:, :, :: layer.stride[0], :: layer.stride[0]]
+        x = np.einsum("bchwij,ocij->bohw", windows, weight) + bias[:, None, None]
+        x = np.maximum(x, 0)
+    assert encoder(images).detach().numpy() == pytest.approx(x.reshape(3, -1), abs=1e-5)
+
+
+def test_trunk_against_float64(script):
+    trunk = script.Trunk(40, 8)
+    h = torch.randn((5, 40), generator=rng())
+    linear, norm, _ = trunk
+    x = h.double() @ linear.weight.double().T + linear.bias.double()
+    x = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + norm.eps).sqrt()
+    assert trunk(h).detach().numpy() == pytest.approx(x.tanh().detach().numpy(), abs=1e-5)
+
+
+def test_each_q_has_its_trunk(script):
+    agent, _ = make_agent(script)
+    h = torch.randn((5, agent.encoder.out_dim), generator=rng())
+    states = agent.critic.states(h)
+    assert states.shape == (2, 5, 8) and not torch.equal(states[0], states[1])
+    actions = torch.zeros((5, 2))
+    q = agent.critic(states, actions)
+    assert torch.equal(q[0], agent.critic.q1(states[0], actions))
+    assert torch.equal(q[1], agent.critic.q2(states[1], actions))
+
+
+def test_who_trains_whom(script, monkeypatch):
+    """The critics' loss reaches encoder, trunks and Qs; the policy's reaches policy and trunk."""
+    agent, args = make_agent(script)
+    reached = {}
+    networks = {"encoder": agent.encoder, "critic": agent.critic, "policy": agent.policy}
+    backward = torch.Tensor.backward
+
+    def noted(loss):
+        for network in networks.values():
+            network.zero_grad()
+        backward(loss)
+        reached[len(reached)] = {
+            f"{name}.{parameter}"
+            for name, network in networks.items()
+            for parameter, p in network.named_parameters()
+            if p.grad is not None and p.grad.any()
+        }
+
+    monkeypatch.setattr(torch.Tensor, "backward", noted)
+    script.update(agent, made_up_batch(), args, rng(), True)
+    of_critics, of_policy = reached.values()
+    named = {f"{n}.{p}" for n, network in networks.items() for p, _ in network.named_parameters()}
+    assert {name for name in named if not name.startswith("policy.")} == of_critics
+    # the last bias of a time embedding cannot be told from that of the first layer: all are there
+    assert {name for name in named if name.startswith("policy.")} == of_policy
+
+
+def test_the_target_carries_no_gradient(script):
+    agent, args = make_agent(script)
+    batch = made_up_batch()
+    with torch.no_grad():
+        h = agent.encoder(batch["next_obs"])
+    script.update_critic(agent, batch, h, batch["actions"], args)
+    assert all(p.grad is None for p in agent.target_critic.parameters())
+    assert all(p.grad is None for p in agent.policy.parameters())
+
+
+def test_each_network_has_one_optimizer(script):
+    agent, _ = make_agent(script)
+    owners = {}
+    for name, optimizer in agent.optimizers.items():
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                owners.setdefault(p, []).append(name)
+    expected = {"encoder": agent.encoder, "critic": agent.critic, "policy": agent.policy}
+    for name, network in expected.items():
+        assert all(owners.pop(p) == [name] for p in network.parameters())
+    assert list(owners.values()) == [["alpha"]]
+    rates = {name: float(o.param_groups[0]["lr"]) for name, o in agent.optimizers.items()}
+    assert rates["encoder"] == rates["critic"] == pytest.approx(3e-4)
+
+
+def test_slow_copies_hold_trunks_and_there_is_no_slow_encoder(script):
+    agent, args = make_agent(script, tau=0.5)
+    assert all(equal(values(agent.acting_policy), values(agent.policy)))
+    assert hasattr(agent.acting_policy, "trunk")
+    before = values(agent.target_critic)
+    script.update(agent, made_up_batch(), args, rng(), True)
+    pairs = zip(before, values(agent.critic), values(agent.target_critic), strict=True)
+    assert all(torch.allclose(slow, (old + new) / 2) for old, new, slow in pairs)
+    names = {name.split(".")[0] for name, _ in agent.named_parameters()}
+    assert names == {"encoder", "policy", "critic", "acting_policy", "target_critic", "log_alpha"}
+
+
+@pytest.mark.parametrize("critic_steps", [1, 2])
+def test_encoder_steps_once_while_critics_step_twice(script, critic_steps):
+    """Adam's first step moves a parameter by its rate, the second on one gradient by as much."""
+    agent, args = make_agent(script, critic_steps=critic_steps)
+    before = values(agent.encoder), values(agent.critic)
+    script.update(agent, made_up_batch(), args, rng(), True)
+    moved = [
+        max((new - old).abs().max() for old, new in zip(olds, values(network), strict=True))
+        for olds, network in zip(before, (agent.encoder, agent.critic), strict=True)
+    ]
+    assert moved[0].item() == pytest.approx(3e-4, rel=0.01)
+    assert moved[1].item() == pytest.approx(critic_steps * 3e-4, rel=0.01)
+
+
+def test_next_features_are_of_before_the_encoders_step(script, monkeypatch):
+    """One look at each picture; the policy is trained on what candidates were made from."""
+    agent, args = make_agent(script, random_shift=0)
+    batch = made_up_batch()
+    seen = spied(monkeypatch, agent.encoder)
+    trunk = spied(monkeypatch, agent.policy.trunk)
+    with torch.no_grad():
+        expected = agent.encoder.layers(
+            batch["next_obs"].permute(0, 1, 4, 2, 3).flatten(1, 2).float() / 255 - 0.5
+        )
+    script.update(agent, batch, args, rng(), True)
+    assert torch.equal(seen[0], batch["next_obs"]) and torch.equal(seen[1], batch["obs"])
+    assert len(seen) == 2 and len(trunk) == 1
+    assert torch.allclose(trunk[0], expected.flatten(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("num_candidates", [1, 32])
+def test_trunks_are_computed_once_whatever_n_is(script, monkeypatch, num_candidates):
+    agent, args = make_agent(script, num_candidates=num_candidates)
+    networks = {"policy": [agent.policy.trunk], "critic": agent.critic.trunks}
+    networks["target_critic"] = agent.target_critic.trunks
+    networks["acting_policy"] = [agent.acting_policy.trunk]
+    calls = {
+        name: [spied(monkeypatch, trunk) for trunk in trunks] for name, trunks in networks.items()
+    }
+    batch = made_up_batch()
+    script.update(agent, batch, args, rng(), True)
+    counts = {name: [len(x) for x in inputs] for name, inputs in calls.items()}
+    # the critics look at s' to rank and at s to learn
+    expected = {"policy": [1], "critic": [2, 2], "target_critic": [1, 1], "acting_policy": [0]}
+    assert counts == expected
+    script.act_explore(agent, batch["obs"], args, rng())
+    counts = {name: [len(x) for x in inputs] for name, inputs in calls.items()}
+    assert counts == expected | {"critic": [3, 3], "acting_policy": [1]}
+
+
+def test_acting_looks_through_the_online_encoder_and_the_slow_policy(script):
+    agent, args = make_agent(script)
+    obs = made_up_batch()["obs"]
+    modes = [*script.MODES.values(), script.act_explore]
+    before = [act(agent, obs, args, rng()) for act in modes]
+    for p in agent.policy.parameters():
+        p.data.zero_()
+    for act, actions in zip(modes, before, strict=True):
+        assert actions.shape == (16, 2) and actions.abs().max() <= 1
+        assert torch.equal(act(agent, obs, args, rng()), actions)
+    for p in agent.encoder.parameters():
+        p.data.zero_()
+    assert not torch.equal(modes[0](agent, obs, args, rng()), before[0])
+
+
+def test_the_deployed_policy_is_the_one_step_mode(script):
+    agent, args = make_agent(script)
+    obs = made_up_batch()["obs"]
+    noise = args.prior_std * torch.randn((16, 2), generator=rng())
+    policy = script.OneStepPolicy(agent.encoder, agent.acting_policy)
+    expected = script.act_one_step(agent, obs, args, rng())
+    assert torch.allclose(policy(obs, noise), expected, atol=1e-6)
+    assert not any(p.requires_grad for p in policy.parameters())
+    assert policy(obs, noise.expand(3, 16, 2)).shape == (3, 16, 2)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_update_moves_all_and_stays_finite(script, precision):
+    agent, args = make_agent(script, precision=precision)
+    before = {name: p.clone() for name, p in agent.named_parameters()}
+    generator = rng()
+    for seed in range(3):
+        one_update(script, agent, made_up_batch(seed=seed), args, generator)
+    for name, p in agent.named_parameters():
+        assert p.isfinite().all() and p.dtype == torch.float32
+        assert name == "log_alpha" or not torch.equal(p, before[name]), name
+
+
+@pytest.mark.parametrize("frame_stack", [1, 4])
+def test_other_stacks(script, run, frame_stack):
+    run_dir = run(env_id="pixel_envs:Seeded-v0", total_timesteps=150, frame_stack=frame_stack)
+    assert load(run_dir)["buffer"]["numbers"].shape == (150, frame_stack + 1)
 
 
 # ------------------------------------------------------------------ resume
