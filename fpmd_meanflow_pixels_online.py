@@ -1592,10 +1592,10 @@ def write_frames(buffer: ReplayBuffer, path: Path) -> None:
 def read_frames(buffer: ReplayBuffer, path: Path) -> None:
     """Undo write_frames; raises OSError or ValueError where the file is not this run's."""
     nbytes = buffer.frames[0].nbytes
-    needed = buffer.written - len(buffer.frames)  # older ones are overwritten
+    needed = max(buffer.written - len(buffer.frames), 0)  # older ones are overwritten
     with path.open("rb") as file:
         for first, end, expected in buffer.pieces:
-            if end <= needed:
+            if end <= needed or first > needed:
                 continue
             file.seek(first * nbytes)
             checksum = 0
@@ -1609,6 +1609,9 @@ def read_frames(buffer: ReplayBuffer, path: Path) -> None:
                 buffer.frames[slots] = frames.to(buffer.frames.device)
             if checksum != expected:
                 raise ValueError(f"{path} holds other frames than the checkpoint's")
+            needed = end
+    if needed != buffer.written:
+        raise ValueError(f"the pieces of {path} are not all there")
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:

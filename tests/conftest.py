@@ -22,6 +22,7 @@ OFFLINE = [name for name in FILES if "offline" in name]  # start from a dataset;
 # generic tests need no environment of numbers
 PIXELS = [name for name in FILES if "pixels" in name]
 SCRIPTS = [name for name in FILES if name not in [*OFFLINE, *PIXELS]]
+OF_NUMBERS = [name for name in FILES if name not in PIXELS]  # their environments give numbers
 FLOWS = [name for name in SCRIPTS if FILES[name].parent == ROOT]
 FPMD = [name for name in FLOWS if name.startswith("fpmd")]
 CANDIDATES = [*FLOWS, "dpmd_online"]  # they generate N and take the best
@@ -59,6 +60,19 @@ def small(script):
 def obs_of(script, obs_dim=3):
     """What an Agent is told of its observations: how many numbers, or the shape of a stack."""
     return (3, 24, 24, 3) if script.__name__ in PIXELS else obs_dim
+
+
+def images_batch(batch_size=16, act_dim=2, seed=0, shape=(3, 24, 24, 3)):
+    """A batch of noise, as a script from pixels samples it."""
+    draw = rng(seed)
+    images = torch.randint(0, 256, (2, batch_size, *shape), generator=draw, dtype=torch.uint8)
+    return {
+        "obs": images[0],
+        "next_obs": images[1],
+        "actions": 2 * torch.rand((batch_size, act_dim), generator=draw) - 1,
+        "rewards": torch.randn(batch_size, generator=draw),
+        "terminations": torch.zeros(batch_size),
+    }
 
 
 # here one script is tested fast and the others slowly: what is tested is mostly the same text
@@ -124,7 +138,7 @@ def run(script, tmp_path, monkeypatch):
 def load(run_dir: Path, name: str = "checkpoint.pt") -> dict:
     """What a run saved; the buffer's rows by column."""
     content = torch.load(run_dir / name, weights_only=True)
-    if "buffer" in content:
+    if isinstance(content.get("buffer"), torch.Tensor):  # from pixels it has parts already
         content["buffer"] = columns_of(content)
     return content
 

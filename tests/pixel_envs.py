@@ -65,7 +65,7 @@ class MovingSquare(Drawn):
 gym.register("MovingSquare-v0", MovingSquare, disable_env_checker=True)
 
 
-class Coded(Drawn):
+class CodedFrames(Drawn):
     """Pictures that say which env, episode and step they are of; episodes of length 1, 2, 3 or 5.
 
     What happened is in LOG, in order: (env, stack, action, reward, next stack, terminated).
@@ -78,9 +78,9 @@ class Coded(Drawn):
 
     def __init__(self, **options):
         super().__init__(**options)
-        self.number = Coded.made
+        self.number = CodedFrames.made
         self.episode = 0
-        Coded.made += 1
+        CodedFrames.made += 1
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -97,7 +97,7 @@ class Coded(Drawn):
         done = self.steps == self.lengths[(self.number + self.episode) % 4]
         terminated = done and self.episode % 2 == 1
         after = np.stack(self.seen[-3:])
-        Coded.log.append((self.number, before, float(action[0]), reward, after, terminated))
+        CodedFrames.log.append((self.number, before, float(action[0]), reward, after, terminated))
         return self.nothing(), reward, terminated, done and not terminated, {}
 
     def draw(self):
@@ -110,7 +110,7 @@ class Coded(Drawn):
         return picture
 
 
-class Seeded(Drawn):
+class SeededFrames(Drawn):
     """A picture of the seed's noise, which a walk moves: what a resume must find again."""
 
     def reset(self, *, seed=None, options=None):
@@ -180,5 +180,5 @@ class Blind(gym.Wrapper):
         return np.zeros((self.size, self.size, 3), np.uint8)
 
 
-for env in (Blind, Coded, Seeded, Wide, Grey, Unseen):
+for env in (Blind, CodedFrames, SeededFrames, Wide, Grey, Unseen):
     gym.register(f"{env.__name__}-v0", env, disable_env_checker=True)
