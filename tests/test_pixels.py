@@ -177,6 +177,22 @@ def test_sampling_is_uniform_over_what_is_there(script):
     assert np.abs(counts - expected).max() < 6 * expected**0.5
 
 
+def test_a_run_stores_what_happened(script, run):
+    """Through the training loop, and read as another program would: numbers, and frames.bin."""
+    pixel_envs.CodedFrames.made = 0
+    pixel_envs.CodedFrames.log.clear()
+    settings = {"num_envs": 3, "eval_episodes": 1, "total_timesteps": 150}
+    run_dir = run(env_id="pixel_envs:CodedFrames-v0", learning_starts=120, **settings)
+    log = pixel_envs.CodedFrames.log[1:]  # but for the step that evaluation's env is tried with
+    saved = load(run_dir)["buffer"]
+    frames = torch.from_numpy(np.fromfile(run_dir / "frames.bin", np.uint8)).view(-1, *SHAPE[1:])
+    stacks = frames[saved["numbers"].long()]
+    actions, rewards, terminations = saved["rows"].T
+    stored = {"obs": stacks[:, :-1], "next_obs": stacks[:, 1:], "actions": actions[:, None]}
+    assert_equal_to_log(stored | {"rewards": rewards, "terminations": terminations}, log)
+    assert saved["written"] == len(frames)
+
+
 # ------------------------------------------------------------------ the random shift
 
 
