@@ -14,6 +14,7 @@ import pixel_envs
 import pytest
 import torch
 from conftest import FILES, PIXELS, as_flags, count, equal, images_batch, one_update, rng, values
+from test_contract import commands
 from test_resume import differences, rows
 
 SMALL = {
@@ -767,6 +768,12 @@ def test_a_replay_is_the_last_evaluation(script, run, capsys):
     out = capsys.readouterr().out
     returns = [line.split()[-1] for line in out.splitlines() if line.startswith("episode ")]
     assert returns == row.split(",")[-1].split() and "ms/action" in out
+
+
+@pytest.mark.parametrize("command", list(commands(PIXELS)))
+def test_documented_commands_parse(command):
+    script = __import__(command[1].removesuffix(".py"))
+    script.check_args(script.parse_args([] if "--evaluate" in command else command[2:]))
 
 
 # ------------------------------------------------------------------ what it costs
