@@ -76,7 +76,8 @@ def images_batch(batch_size=16, act_dim=2, seed=0, shape=(3, 24, 24, 3)):
 
 
 # here one script is tested fast and the others slowly: what is tested is mostly the same text
-ONE_IS_FAST = {"test_probes", "test_resume", "test_data", "test_speed", "test_trust"}
+FAST = {"fpmd_online", "fpmd_meanflow_pixels_online"}
+ONE_IS_FAST = {"test_probes", "test_resume", "test_data", "test_speed", "test_trust", "test_pixels"}
 ONE_IS_FAST |= {"test_video_of_a_replay", "test_a_script_runs_alone"}
 
 
@@ -92,7 +93,7 @@ def pytest_collection_modifyitems(items):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         script = parameters.get("script", parameters.get("name"))
         names = {item.module.__name__, item.originalname}
-        if names & ONE_IS_FAST and script in FILES and script != "fpmd_online":
+        if names & ONE_IS_FAST and script in FILES and script not in FAST:
             item.add_marker(pytest.mark.slow)
 
 

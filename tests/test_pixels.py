@@ -302,9 +302,8 @@ def test_parameter_counts(script):
     assert count(agent.encoder) == 30_368
     assert agent.encoder.out_dim == 39_200
     assert count(agent.critic) == 2 * 2_106_583
-    assert count(agent.policy) == {"fpmd_meanflow_pixels_online": 2_118_204}.get(
-        script.__name__, 2_113_036
-    )
+    sizes = {"fpmd_meanflow_pixels_online": 2_118_204, "fpmd_pixels_online": 2_113_036}
+    assert count(agent.policy) == sizes[script.__name__]
 
 
 @pytest.mark.parametrize("size", [15, 24, 47, 48, 64, 84])
