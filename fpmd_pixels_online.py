@@ -964,11 +964,14 @@ def choose_camera(env_id: str, args: Args) -> int:
 
 
 def prepare_mujoco(raw: gym.Env, env_id: str, args: Args) -> None:
-    """Camera, shadows and memory of pictures; before the first one, or they stay as they are."""
+    """Camera, shadows and memory of pictures; before the first one, or they stay as they are.
+
+    Raises ValueError where there is no such camera.
+    """
     camera = choose_camera(env_id, args)
     model = raw._env.physics.model if env_id.startswith("dm_control/") else raw.model
     if args.camera is not None and camera >= model.ncam:
-        fail(f"--camera {camera} is not there: {env_id} has {model.ncam}")
+        raise ValueError(f"--camera {camera} is not there: it has {model.ncam}")
     model.vis.quality.shadowsize = args.shadow_size
     model.vis.global_.offwidth = args.image_size
     model.vis.global_.offheight = args.image_size
@@ -1019,8 +1022,6 @@ def make_env(env_id: str, index: int = 0, args: Args | None = None) -> gym.Env:
 
 def refuse_env(env_id: str, error: BaseException) -> NoReturn:
     """What cannot be made, and the names that may have been meant."""
-    if isinstance(error, SystemExit) and error.code == 2:  # said already
-        raise error
     import difflib
 
     near = difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4)
@@ -1579,7 +1580,8 @@ def write_frames(buffer: ReplayBuffer, path: Path) -> None:
             checksum = zlib.crc32(part, checksum)
         file.flush()
         os.fsync(file.fileno())
-    buffer.pieces.append([first, buffer.written, checksum])
+    if buffer.written > saved:
+        buffer.pieces.append([first, buffer.written, checksum])
 
 
 def read_frames(buffer: ReplayBuffer, path: Path) -> None:

@@ -529,6 +529,8 @@ def test_resumed_equals_uninterrupted(script, run):
     assert differences(load(straight, "policy.pt"), load(resumed, "policy.pt")) == []
     assert rows(straight) == rows(resumed)
     assert np.array_equal(frames_of(straight), frames_of(resumed))
+    written = [load(resumed)["buffer"]["written"], before["buffer"]["written"]]
+    assert load(resumed)["buffer"]["pieces"][:, :2].tolist() == [[0, written[1]], written[::-1]]
     assert load(resumed)["global_step"] == 300 and differences(before, load(resumed)) != []
 
 
@@ -693,6 +695,14 @@ def test_episodes_of_a_run_and_of_its_evaluation_differ(script):
     assert np.array_equal(training, again)
     pictures = {obs[-1].tobytes() for obs in (*training, *evaluation)}
     assert len(pictures) == 6
+
+
+def test_a_picture_is_the_newest_frame(script):
+    envs = script.make_envs(script.Args(**SMALL, env_id="pixel_envs:MovingSquare-v0"), 2)
+    envs.reset(seed=[0, 0])
+    for _ in range(5):
+        envs.step(np.zeros((2, 1), np.float32))
+    assert np.array_equal(envs.picture(), envs.env.envs[0].unwrapped.draw())
 
 
 def test_a_film_is_made_of_what_the_agent_saw(script, run, monkeypatch):
@@ -964,6 +974,13 @@ env.close()
 
 def with_env(function, more):
     return lambda *command, env, **rest: function(*command, env=env | more, **rest)
+
+
+@pytest.mark.slow
+def test_a_camera_that_is_not_there_is_refused(script, opengl, tmp_path):
+    result = started(script, opengl, tmp_path, camera=9)
+    assert result.returncode == 2 and "--camera 9 is not there: it has 2" in result.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_without_opengl_it_says_what_to_install(script, tmp_path):
