@@ -227,8 +227,7 @@ class Agent(nn.Module):
         self.register_buffer("q_std_within", torch.tensor(1.0))  # of Q within a state
         self.to(device)
         self.device = device
-        self.updates = 0
-        self.alpha_updates = 0
+        self.updates = self.alpha_updates = 0
         # a tensor, which a recorded CUDA graph reads when it is replayed
         self.policy_lr = torch.tensor(args.policy_lr[0], device=device)
         adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
@@ -388,12 +387,6 @@ def update_q_statistics(agent: Agent, scores: Tensor, rate: float) -> None:
     agent.q_mean.lerp_(q.mean(), rate)
     agent.q_std.lerp_(q.std(correction=0), rate).clamp_(min=1e-6)  # 0 would divide Q
     agent.q_std_within.lerp_(scores.std(0, correction=0).mean(), rate).clamp_(min=1e-6)
-
-
-def flow_spread(candidates: Tensor, noise_std) -> Tensor:
-    """Std of actions (N, B, act_dim) less that of the noise on them: variances add."""
-    variance = candidates.var(0, correction=min(1, len(candidates) - 1)).mean()
-    return (variance - noise_std**2).clamp(min=0).sqrt()
 
 
 def update(agent: Agent, batch: dict, args: Args, rng, improve_policy: bool, loss_fn=None) -> dict:
@@ -1437,6 +1430,12 @@ def load(path: str, name: str) -> tuple[Path, dict]:
         if known[key] is not None and type(value) is not kind and not whole:
             fail(f"{other}: {flag(key)} is {value!r}")
     return file, content
+
+
+def flow_spread(candidates: Tensor, noise_std) -> Tensor:
+    """Std of actions (N, B, act_dim) less that of the noise on them: variances add."""
+    variance = candidates.var(0, correction=min(1, len(candidates) - 1)).mean()
+    return (variance - noise_std**2).clamp(min=0).sqrt()
 
 
 # what update returns, and so the columns of metrics.csv

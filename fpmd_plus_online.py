@@ -410,14 +410,6 @@ def update_policy(agent: Agent, obs, z, candidates, w, args: Args, rng, loss_fn)
     return {"losses/policy_loss": loss.detach()}
 
 
-def latent_spread(
-    policy: nn.Module, obs: Tensor, own: Tensor, args: Args, rng: Generator
-) -> Tensor:
-    """Std of own actions (..., B, act_dim) over latents: half the squared distance to others."""
-    z = args.prior_std * torch.randn(own.shape[-2:], generator=rng, device=obs.device)
-    return ((own - generate(policy, obs, z)).square().mean() / 2).sqrt()
-
-
 def update(agent, batch: dict, args: Args, rng, _improve_policy=True, losses=None) -> dict:
     """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
     # what changes between calls is a tensor, so that a CUDA graph can record an update
@@ -1439,6 +1431,14 @@ def load(path: str, name: str) -> tuple[Path, dict]:
         if known[key] is not None and type(value) is not kind and not whole:
             fail(f"{other}: {flag(key)} is {value!r}")
     return file, content
+
+
+def latent_spread(
+    policy: nn.Module, obs: Tensor, own: Tensor, args: Args, rng: Generator
+) -> Tensor:
+    """Std of own actions (..., B, act_dim) over latents: half the squared distance to others."""
+    z = args.prior_std * torch.randn(own.shape[-2:], generator=rng, device=obs.device)
+    return ((own - generate(policy, obs, z)).square().mean() / 2).sqrt()
 
 
 # what update returns, and so the columns of metrics.csv

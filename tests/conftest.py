@@ -18,7 +18,11 @@ ROOT = Path(__file__).parent.parent
 FILES = [*ROOT.glob("*_online.py"), *ROOT.glob("baselines/*_online.py")]
 FILES = {path.stem: path for path in sorted(FILES)}  # every script
 OFFLINE = [name for name in FILES if "offline" in name]  # start from a dataset; own test files
-SCRIPTS = [name for name in FILES if name not in OFFLINE]
+# their environments are rendered and their agents take frames: own test file, and where the
+# generic tests need no environment of numbers
+PIXELS = [name for name in FILES if "pixels" in name]
+SCRIPTS = [name for name in FILES if name not in [*OFFLINE, *PIXELS]]
+OF_NUMBERS = [name for name in FILES if name not in PIXELS]  # their environments give numbers
 FLOWS = [name for name in SCRIPTS if FILES[name].parent == ROOT]
 FPMD = ["fpmd_meanflow_online", "fpmd_online"]  # the published method
 STEPPED = [name for name in FLOWS if name != "fpmd_plus_online"]  # T jumps in training
@@ -46,8 +50,36 @@ SMALL = {
 }
 
 
+SEEN = {"image_size": 24, "encoder_channels": 4, "feature_dim": 8, "action_repeat": 1}
+SEEN |= {"async_envs": False}
+
+
+def small(script):
+    """SMALL, for any script."""
+    return SMALL | (SEEN if script.__name__ in PIXELS else {})
+
+
+def obs_of(script, obs_dim=3):
+    """What an Agent is told of its observations: how many numbers, or the shape of a stack."""
+    return (3, 24, 24, 3) if script.__name__ in PIXELS else obs_dim
+
+
+def images_batch(batch_size=16, act_dim=2, seed=0, shape=(3, 24, 24, 3)):
+    """A batch of noise, as a script from pixels samples it."""
+    draw = rng(seed)
+    images = torch.randint(0, 256, (2, batch_size, *shape), generator=draw, dtype=torch.uint8)
+    return {
+        "obs": images[0],
+        "next_obs": images[1],
+        "actions": 2 * torch.rand((batch_size, act_dim), generator=draw) - 1,
+        "rewards": torch.randn(batch_size, generator=draw),
+        "terminations": torch.zeros(batch_size),
+    }
+
+
 # here one script is tested fast and the others slowly: what is tested is mostly the same text
-ONE_IS_FAST = {"test_probes", "test_resume", "test_data", "test_speed", "test_trust"}
+FAST = {"fpmd_online", "fpmd_meanflow_pixels_online"}
+ONE_IS_FAST = {"test_probes", "test_resume", "test_data", "test_speed", "test_trust", "test_pixels"}
 ONE_IS_FAST |= {"test_video_of_a_replay", "test_a_script_runs_alone"}
 
 
@@ -77,7 +109,7 @@ def pytest_collection_modifyitems(config, items):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         script = parameters.get("script", parameters.get("name"))
         names = {item.module.__name__, item.originalname}
-        another = script in FILES and script != "fpmd_online"
+        another = script in FILES and script not in FAST
         if names & ALWAYS_SLOW or (names & ONE_IS_FAST and another):
             item.add_marker(pytest.mark.slow)
         if (names & ONE_IS_ENOUGH and another) or (names & OWN_TEXT_ONLY and script in LIKE_OTHERS):
@@ -129,7 +161,7 @@ def run(script, tmp_path, monkeypatch):
 def load(run_dir: Path, name: str = "checkpoint.pt") -> dict:
     """What a run saved; the buffer's rows by column."""
     content = torch.load(run_dir / name, weights_only=True)
-    if "buffer" in content:
+    if isinstance(content.get("buffer"), torch.Tensor):  # from pixels it has parts already
         content["buffer"] = columns_of(content)
     return content
 

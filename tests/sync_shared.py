@@ -3,18 +3,21 @@
     python tests/sync_shared.py fpmd_online.py                  # into all that share its blocks
     python tests/sync_shared.py fpmd_online.py mvp_online.py    # into this one
 
-A block is a function, a class or a constant at the top level of a script. Every script stays a
-source that can be read and edited; test_text.py checks that shared blocks are the same text.
+A block is a function, a class or a constant at the top level of a script; or a method,
+Class.method, where a class is shared but for some of its methods. Every script stays a source that
+can be read and edited; test_text.py checks that shared blocks are the same text.
 """
 
 import ast
 import sys
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MVP = ["mvp_online", "mvp_offline_to_online"]
 FPMD = ["fpmd_online", "fpmd_meanflow_online"]
-MIRROR = [*FPMD, "dpmd_online"]
+PIXELS = ["fpmd_pixels_online", "fpmd_meanflow_pixels_online"]
+MIRROR = [*FPMD, *PIXELS, "dpmd_online"]
 PLUS = "fpmd_plus_online"  # FPMD-M's flow; critics and learning of its own
 OFFLINE = ["mvp_offline_to_online", "meanflowql_offline_to_online"]  # they start from a dataset
 GELU = [*MVP, "meanflowql_offline_to_online"]  # an activation that needs no faster formula
@@ -57,9 +60,29 @@ SHARED = [
     (MIRROR, ["critic_loss", "mirror_descent_targets", "update_critic"]),
     (MIRROR, ["update_q_statistics", "policy_lr_at", "prepare_update", "update_alpha"]),
     (MIRROR, ["follow_steps", "act_explore", "update"]),
-    ([*FPMD, PLUS], ["time_embedding", "MODES", "DEPLOYED"]),
-    (FPMD, ["propose", "act_one_step", "act_best_of_n", "particle_probabilities", "cost_of"]),
-    (["fpmd_meanflow_online", PLUS], ["AverageVelocityField", "OneStepPolicy"]),
+    ([*MIRROR, *MVP], ["flow_spread"]),
+    (FPMD, ["act_one_step", "act_best_of_n"]),
+    ([*FPMD, *PIXELS, PLUS], ["time_embedding", "MODES", "DEPLOYED"]),
+    ([*FPMD, *PIXELS], ["propose", "particle_probabilities", "cost_of"]),
+    # each pair's flow is the same with pixels as without
+    (
+        ["fpmd_meanflow_online", "fpmd_meanflow_pixels_online"],
+        ["generate", "policy_loss", "update_policy"],
+    ),
+    (["fpmd_meanflow_online", "fpmd_meanflow_pixels_online", PLUS], ["AverageVelocityField"]),
+    (["fpmd_meanflow_online", PLUS], ["OneStepPolicy"]),
+    (
+        ["fpmd_online", "fpmd_pixels_online"],
+        ["VelocityField", "generate", "policy_loss", "update_policy"],
+    ),
+    # what pixels need is the same in both
+    (PIXELS, ["convolution", "Encoder", "Trunk", "TwinCritic", "Agent", "act_one_step"]),
+    (PIXELS, ["act_best", "act_best_of_n", "act_explore", "random_shift", "update_critic"]),
+    (PIXELS, ["update", "ReplayBuffer", "train", "SeededEpisodes", "GuardedEnvs", "refuse_frames"]),
+    (PIXELS, ["is_mujoco", "choose_camera", "prepare_mujoco", "make_env"]),
+    (PIXELS, ["make_envs", "choose_opengl", "Run", "state_of", "restore_buffer", "chunks"]),
+    (PIXELS, ["write_frames", "read_frames", "own_rules", "frames_held", "refuse_too_large"]),
+    (PIXELS, ["accelerate", "replay", "main", "run_to_the_end"]),
     (MIRROR, ["RISING"]),
     (GELU, ["linear", "MLP", "QNetwork", "take", "select_action"]),
     (MVP, ["MeanVelocityField", "TwinCritic"]),
@@ -72,6 +95,10 @@ SHARED = [
 
 # blocks that a script legitimately lacks or has otherwise, and why
 CHUNKS = "actions come in chunks"
+SEEN = "its observations are stacks of frames"
+FILE = "frames are not in a checkpoint but in a file of their own"
+TRUNKS = "encoder and trunks come first"
+RENDERED = "what is rendered has a size, a camera and a need of OpenGL"
 EXCEPTIONS = {
     ("mvp_offline_to_online", "ReplayBuffer"): CHUNKS,
     ("mvp_offline_to_online", "evaluate"): CHUNKS,
@@ -86,6 +113,18 @@ EXCEPTIONS = {
     ("dpmd_online", "mirror_descent_targets"): "it has no particles",
     ("dpmd_online", "update_q_statistics"): "it has no particles",
     ("dpmd_online", "update"): "it has no particles and no bfloat16",
+}
+APART = {
+    SEEN: """ReplayBuffer train SeededEpisodes.__doc__ SeededEpisodes.__init__
+        SeededEpisodes.flatten GuardedEnvs.__doc__ GuardedEnvs.__init__ GuardedEnvs.picture
+        GuardedEnvs.restore refuse_observations refuse_too_large own_rules run_to_the_end
+        replay main Run.evaluate_mode""",
+    FILE: "Run.state Run.save Run.restore",
+    TRUNKS: "TwinCritic update_critic update act_explore accelerate",
+    RENDERED: "make_env make_envs choose_opengl",
+}
+EXCEPTIONS |= {
+    (name, block): why for name in PIXELS for why, names in APART.items() for block in names.split()
 }
 
 
@@ -105,7 +144,7 @@ def ranges(source: str) -> dict[str, list[tuple[int, int]]]:
         start = node.lineno
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             name = node.name
-            start = min([start, *(decorator.lineno for decorator in node.decorator_list)])
+            start = first_line(node)
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             name = node.targets[0].id
         elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
@@ -116,13 +155,48 @@ def ranges(source: str) -> dict[str, list[tuple[int, int]]]:
     return found
 
 
+def first_line(node: ast.AST) -> int:
+    """Of a function or a class, its decorators included."""
+    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+
+
+def method_ranges(source: str) -> dict[str, list[tuple[int, int]]]:
+    """The same of each Class.method; Class.__doc__ is all that comes before the first one."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef):
+            methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+            for method in methods:
+                found[f"{node.name}.{method.name}"] = [(first_line(method), method.end_lineno)]
+            if methods:
+                before = max(
+                    part.end_lineno for part in node.body if part.lineno < methods[0].lineno
+                )
+                found[f"{node.name}.__doc__"] = [(first_line(node), before)]
+    return found
+
+
+def text_of(lines: list[str], parts: list[tuple[int, int]]) -> str:
+    return "".join("".join(lines[first - 1 : last]) for first, last in parts)
+
+
+@cache  # tests ask for the same texts hundreds of times
 def blocks(source: str) -> dict[str, str]:
     """The text of each block, in whole lines."""
     lines = source.splitlines(keepends=True)
-    return {
-        name: "".join("".join(lines[first - 1 : last]) for first, last in parts)
-        for name, parts in ranges(source).items()
-    }
+    return {name: text_of(lines, parts) for name, parts in ranges(source).items()}
+
+
+@cache
+def methods(source: str) -> dict[str, str]:
+    """The text of each method."""
+    lines = source.splitlines(keepends=True)
+    return {name: text_of(lines, parts) for name, parts in method_ranges(source).items()}
+
+
+def excepted_methods(script: str, block: str) -> list[str]:
+    """Methods of this class that the script has otherwise."""
+    return [name for s, name in EXCEPTIONS if s == script and name.startswith(f"{block}.")]
 
 
 def sharing() -> dict[str, list[list[str]]]:
@@ -130,14 +204,43 @@ def sharing() -> dict[str, list[list[str]]]:
     found = {}
     for group, names in SHARED:
         for name in names:
-            found.setdefault(name, []).append([s for s in group if (s, name) not in EXCEPTIONS])
+            apart = [s for s in group if (s, name) in EXCEPTIONS or excepted_methods(s, name)]
+            if apart == group:  # all depart from the others, in the same way
+                apart = []
+            found.setdefault(name, []).append([s for s in group if s not in apart])
     return found
+
+
+def sharing_of_methods() -> dict[str, list[str]]:
+    """Class.method -> scripts in which it is the same text, where one has part of a class."""
+    found = {}
+    for group, names in SHARED:
+        for name in names:
+            partly = [s for s in group if excepted_methods(s, name)]
+            whole = [s for s in group if s not in partly and (s, name) not in EXCEPTIONS]
+            if not partly or not whole:
+                continue
+            for method in methods(scripts()[whole[0]].read_text()):
+                if method.startswith(f"{name}."):
+                    same = [s for s in partly if (s, method) not in EXCEPTIONS]
+                    found[method] = [*whole, *same]
+    return found
+
+
+def blocks_for(source: str, target: str) -> list[str]:
+    """Names of what two scripts share: whole blocks, and methods where one has part of a class."""
+    pair = {source, target}
+    names = [name for name, groups in sharing().items() if any(pair <= set(g) for g in groups)]
+    for name, group in sharing_of_methods().items():
+        if pair <= set(group) and name.partition(".")[0] not in names:
+            names.append(name)
+    return names
 
 
 def replace_blocks(source: str, new: dict[str, str]) -> str:
     """The source with these blocks' texts in place of its own, and nothing else changed."""
     lines = source.splitlines(keepends=True)
-    for name, parts in ranges(source).items():
+    for name, parts in (ranges(source) | method_ranges(source)).items():
         if name in new:
             for first, last in parts:
                 lines[first - 1 : last] = [""] * (last - first + 1)
@@ -147,13 +250,13 @@ def replace_blocks(source: str, new: dict[str, str]) -> str:
 
 def sync(source: Path, targets: list[Path]) -> list[str]:
     """Copy what source shares with each target; says what was changed or is missing."""
-    ours, said = blocks(source.read_text()), []
+    text = source.read_text()
+    ours, said = blocks(text) | methods(text), []
     for target in targets:
         text = target.read_text()
-        theirs, new = blocks(text), {}
-        for name, groups in sharing().items():
-            together = any({source.stem, target.stem} <= set(group) for group in groups)
-            if not together or name not in ours or ours[name] == theirs.get(name):
+        theirs, new = blocks(text) | methods(text), {}
+        for name in blocks_for(source.stem, target.stem):
+            if name not in ours or ours[name] == theirs.get(name):
                 continue
             if name in theirs:
                 new[name] = ours[name]

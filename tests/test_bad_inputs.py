@@ -18,7 +18,7 @@ from bad_inputs import (
     small,
     write_dataset,
 )
-from conftest import FILES, as_flags
+from conftest import FILES, OF_NUMBERS, as_flags
 from fork_server import ForkServer, Result
 
 pytestmark = pytest.mark.slow
@@ -38,7 +38,7 @@ def server():
 def run_dirs(server, tmp_path_factory):
     """A complete run of every script."""
     found = {}
-    for name in FILES:
+    for name in OF_NUMBERS:
         folder = tmp_path_factory.mktemp(name)
         write_dataset(folder)
         result = server.run(FILES[name], as_flags(small(name)), folder)
@@ -115,12 +115,12 @@ def assert_refused(cases, server: ForkServer, root: Path) -> None:
         pytest.fail(f"{len(wrong)} of {len(cases)} answers are wrong\n{table}", pytrace=False)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", OF_NUMBERS)
 def test_flags_and_environments_are_refused_in_one_line(name, server, tmp_path):
     assert_refused(cases_without_runs(name), server, tmp_path)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", OF_NUMBERS)
 def test_files_of_runs_are_refused_in_one_line(name, server, run_dirs, tmp_path):
     """Damaged, foreign, inconsistent ones, and command lines that do not fit them."""
     assert_refused(cases_of_runs(name, run_dirs), server, tmp_path)
@@ -133,10 +133,10 @@ def test_benchmark_programs_refuse_in_one_line(name, server, tmp_path):
 
 def test_hundreds_of_cases_over_all_programs(run_dirs):
     """And no two that are the same."""
-    cases = [case for name in FILES for case in cases_without_runs(name)]
-    cases += [case for name in FILES for case in cases_of_runs(name, run_dirs)]
+    cases = [case for name in OF_NUMBERS for case in cases_without_runs(name)]
+    cases += [case for name in OF_NUMBERS for case in cases_of_runs(name, run_dirs)]
     cases += [case for name in PROGRAMS for case in program_cases(name)]
-    assert len(cases) >= 400 and {case.program.stem for case in cases} == {*FILES, *PROGRAMS}
+    assert len(cases) >= 400 and {case.program.stem for case in cases} == {*OF_NUMBERS, *PROGRAMS}
 
 
 def test_a_wrong_answer_is_seen():

@@ -23,13 +23,17 @@ from conftest import (
     FPMD,
     MIRROR,
     OFFLINE,
+    PIXELS,
     ROOT,
     SCRIPTS,
     SMALL,
     STEPPED,
     as_flags,
+    images_batch,
     known,
     load,
+    obs_of,
+    small,
 )
 
 
@@ -339,15 +343,19 @@ def choices():
 @pytest.mark.parametrize(("script", "choice"), list(choices()), indirect=["script"])
 def test_metrics_are_what_an_update_returns(script, choice):
     """METRICS names the columns of metrics.csv and of a checkpoint before there are any."""
-    args = script.Args(**known(script, SMALL), **choice)
-    agent = script.Agent(3, 2, args, torch.device("cpu"))
-    size = args if hasattr(args, "chunk_size") else args.buffer_size
-    buffer = script.ReplayBuffer(size, 3, 2, torch.device("cpu"))
-    draw = np.random.default_rng(0)
-    buffer.add(**{name: draw.random((50, *shape)) for name, shape in buffer.shapes.items()})
+    args = script.Args(**known(script, small(script)), **choice)
+    agent = script.Agent(obs_of(script), 2, args, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
+    if script.__name__ in PIXELS:
+        batch = images_batch()
+    else:
+        size = args if hasattr(args, "chunk_size") else args.buffer_size
+        buffer = script.ReplayBuffer(size, 3, 2, torch.device("cpu"))
+        draw = np.random.default_rng(0)
+        buffer.add(**{name: draw.random((50, *shape)) for name, shape in buffer.shapes.items()})
+        batch = buffer.sample(16, generator)
     assert script.prepare_update(agent, args)  # the first one improves the policy
-    metrics = script.update(agent, buffer.sample(16, generator), args, generator, True)
+    metrics = script.update(agent, batch, args, generator, True)
     charts = {"charts/success"} if script.__name__ in OFFLINE else set()  # of the loop, not of it
     assert len(script.METRICS) == len(set(script.METRICS))
     assert set(script.METRICS) == metrics.keys() | charts

@@ -11,7 +11,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import FILES, FPMD, OFFLINE, FakeGraph, known, load, one_update, recordable
+from conftest import (
+    FILES,
+    FPMD,
+    OFFLINE,
+    PIXELS,
+    SEEN,
+    FakeGraph,
+    known,
+    load,
+    obs_of,
+    one_update,
+    recordable,
+)
 from test_offline_to_online import made_up_dataset
 from test_resume import differences, rows
 
@@ -43,12 +55,29 @@ def published(script, **changes):
     """The script's own sizes, or toy sizes in a smoke test."""
     small = {"batch_size": 16, "num_candidates": 2, "hidden_dim": 16, "buffer_size": 2_000}
     sizes = small | {"flow_steps": 2, "hidden_layers": 2} if SMOKE else {"buffer_size": 20_000}
+    if script.__name__ in PIXELS:
+        sizes |= SEEN  # small pictures, which numpy draws
     return script.Args(**known(script, sizes | {"device": DEVICE.type} | changes))
+
+
+def random_obs(script, draw, n):
+    """Numbers, or stacks of frames, for n environments."""
+    if script.__name__ in PIXELS:
+        return draw.integers(0, 256, (n, *obs_of(script)), np.uint8)
+    return draw.standard_normal((n, OBS_DIM)).astype(np.float32)
 
 
 def full_buffer(script, args):
     """A replay buffer with random transitions in it."""
     draw, n = np.random.default_rng(0), 1_000
+    if script.__name__ in PIXELS:
+        buffer = script.ReplayBuffer(args, obs_of(script), ACT_DIM, DEVICE)
+        for _ in range(n // args.num_envs):
+            obs, next_obs = (random_obs(script, draw, args.num_envs) for _ in range(2))
+            actions = draw.uniform(-1, 1, (args.num_envs, ACT_DIM))
+            ends = draw.random((3, args.num_envs)) < 0.1
+            buffer.add(obs, actions, draw.random(args.num_envs), next_obs, *ends[:2])
+        return buffer
     if script.__name__ in OFFLINE:
         size = args if hasattr(args, "chunk_size") else args.buffer_size
         buffer = script.ReplayBuffer(size, OBS_DIM, ACT_DIM, DEVICE)
@@ -70,7 +99,7 @@ def train(script, path, **changes):
     """
     args = published(script, **changes)
     torch.manual_seed(0)
-    agent = script.Agent(OBS_DIM, ACT_DIM, args, DEVICE)
+    agent = script.Agent(obs_of(script, OBS_DIM), ACT_DIM, args, DEVICE)
     start = torch.cat([p.detach().flatten().clone() for p in agent.parameters()])
     rng, draw = torch.Generator(DEVICE).manual_seed(0), np.random.default_rng(1)
     buffer, actions = full_buffer(script, args), []
@@ -87,7 +116,7 @@ def train(script, path, **changes):
         torch.cuda.synchronize()
         torch.cuda.set_stream(torch.cuda.Stream())
     for _ in range(UPDATES):
-        obs = torch.tensor(draw.standard_normal((5, OBS_DIM)), dtype=torch.float32, device=DEVICE)
+        obs = torch.from_numpy(random_obs(script, draw, 5)).to(DEVICE)
         actions.append(explore(agent, obs, args, rng).clone())
         batch = buffer.sample(args.batch_size, rng)
         metrics = one_update(script, agent, batch, args, rng, improve)
@@ -139,6 +168,8 @@ def run(script, tmp_path, monkeypatch):
         settings = {"env_id": "Ant-v4", "learning_starts": 400, "eval_every": 0, "log_every": 100}
         settings |= {"utd": 0.2, "num_envs": 2, "total_timesteps": 800, "torch_threads": 1}
         settings |= {"compile": not SMOKE}
+        if script.__name__ in PIXELS:
+            settings["env_id"] = "pixel_envs:SeededFrames-v0"
         if script.__name__ in OFFLINE:
             settings |= {"offline_steps": 100, "utd": 0.5}
             data = made_up_dataset(OBS_DIM, ACT_DIM, 1_000)

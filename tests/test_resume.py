@@ -15,8 +15,11 @@ ENVS = ["Ant-v4", "Humanoid-v4", "Walker2d-v5", "dm_control/cheetah-run-v0"]
 
 
 def differences(a, b, path=""):
-    """Where two nested checkpoints differ; the clock and the command line may."""
-    if path.endswith(("wall_time", "charts/SPS", "total_timesteps")):
+    """Where two nested checkpoints differ; the clock and the command line may.
+
+    And, from pixels, the pieces in which the frames came into their file: one for each save.
+    """
+    if path.endswith(("wall_time", "charts/SPS", "total_timesteps", "buffer/pieces")):
         return []
     if isinstance(a, torch.Tensor):
         return [] if torch.equal(a, b) else [path]
