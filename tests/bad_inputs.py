@@ -19,7 +19,7 @@ from typing import get_args, get_origin, get_type_hints
 import numpy as np
 import odd_envs
 import torch
-from conftest import FILES, OFFLINE, ROOT, SMALL, as_flags, known
+from conftest import FILES, OF_NUMBERS, OFFLINE, ROOT, SMALL, as_flags, known
 
 PROGRAMS = {
     path.stem: path
@@ -352,7 +352,7 @@ def env_cases(name: str) -> Iterator[Case]:
         yield start(name, f"module that {module}", *more, words=words, prepare=write)
     refused = list(odd_envs.REFUSED.items())
     if name not in ("fpmd_online", *OFFLINE):  # the plumbing is the same text
-        refused = refused[list(FILES).index(name) :: len(FILES)]
+        refused = refused[OF_NUMBERS.index(name) :: len(OF_NUMBERS)]
     for env_id, words in refused:
         yield start(name, env_id, "--env-id", of(name, env_id), words=words)
     for env_id, words in odd_envs.FILMED.items():
