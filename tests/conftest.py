@@ -81,11 +81,32 @@ def images_batch(batch_size=16, act_dim=2, seed=0, shape=(3, 24, 24, 3)):
 FAST = {"fpmd_online", "fpmd_meanflow_pixels_online"}
 ONE_IS_FAST = {"test_probes", "test_resume", "test_data", "test_speed", "test_trust", "test_pixels"}
 ONE_IS_FAST |= {"test_video_of_a_replay", "test_a_script_runs_alone"}
+ONE_IS_FAST |= {"test_a_graph_of_frames_acts_as_its_script"}
 
 
 # and here one script is tested alone: harder tests, run for all, include what these would show
 ONE_IS_ENOUGH = {"test_constant_reward", "test_reward_depends_on_observation"}
 ONE_IS_ENOUGH |= {"test_video_of_a_replay"}
+# of the two from pixels, where what trains or starts a program is the same text in both
+OF_PIXELS = """
+    test_a_run_stores_what_happened
+    test_other_stacks
+    test_resumed_equals_uninterrupted_when_frames_were_overwritten
+    test_asynchronous_envs_are_the_same_run
+    test_a_kill_between_frames_and_checkpoint_loses_nothing
+    test_frames_that_do_not_fit_are_refused
+    test_what_moved_has_a_stack_of_its_own
+    test_a_checkpoint_that_contradicts_itself_is_refused
+    test_a_film_is_made_of_what_the_agent_saw
+    test_the_size_of_the_frames_is_said
+    test_what_cannot_be_seen_is_refused_in_one_line
+    test_a_single_frame_does_not_show_velocity
+    test_a_rendered_run_resumes_to_the_bit
+    test_a_camera_that_is_not_there_is_refused
+    test_pictures_have_the_size_and_the_camera_asked_for
+    test_without_opengl_it_says_what_to_install
+"""
+ONE_IS_ENOUGH |= set(OF_PIXELS.split())
 # and here those whose critics, or whose rules and files, have a text of their own
 OWN_TEXT_ONLY = {"test_time_limit_is_no_termination", "test_reward_comes_later"}
 OWN_TEXT_ONLY |= {"test_flags_and_environments_are_refused_in_one_line"}

@@ -13,7 +13,18 @@ import numpy as np
 import pixel_envs
 import pytest
 import torch
-from conftest import FILES, PIXELS, as_flags, count, equal, images_batch, one_update, rng, values
+from conftest import (
+    FILES,
+    PIXELS,
+    as_flags,
+    count,
+    equal,
+    images_batch,
+    one_update,
+    rng,
+    spy,
+    values,
+)
 from test_contract import commands
 from test_resume import differences, rows
 
@@ -442,6 +453,17 @@ def test_next_features_are_of_before_the_encoders_step(script, monkeypatch):
     assert torch.allclose(trunk[0], expected.flatten(1), atol=1e-6)
 
 
+def test_flow_spread_is_of_candidates_without_their_noise(script, monkeypatch):
+    agent, args = make_agent(script, num_candidates=32, noise_scale=0.1)
+    calls = spy(monkeypatch, script, "propose")
+    metrics = script.update(agent, images_batch(64), args, rng(), True)
+    ((arguments, candidates),) = calls
+    assert arguments[2].item() == pytest.approx(0.5)  # alpha begins at 5
+    spread = metrics["policy/flow_spread"].item()
+    assert spread == pytest.approx(script.flow_spread(candidates, 0.5).item(), rel=1e-5)
+    assert 0 < spread < metrics["policy/candidate_spread"].item()
+
+
 @pytest.mark.parametrize("num_candidates", [1, 32])
 def test_trunks_are_computed_once_whatever_n_is(script, monkeypatch, num_candidates):
     agent, args = make_agent(script, num_candidates=num_candidates)
@@ -777,6 +799,17 @@ def test_a_replay_is_the_last_evaluation(script, run, capsys):
     out = capsys.readouterr().out
     returns = [line.split()[-1] for line in out.splitlines() if line.startswith("episode ")]
     assert returns == row.split(",")[-1].split() and "ms/action" in out
+
+
+def test_a_policy_is_what_acts_and_knows_sizes_and_bounds(script, run):
+    """No critics, and bounds in the environment's own units, from another process too."""
+    behind = {"env_id": "pixel_envs:Blind-v0", "env_kwargs": '{"env_id": "probe_envs:Bounded-v0"}'}
+    saved = load(run(**behind, total_timesteps=110, async_envs=True), "policy.pt")
+    learnt = {"algorithm", "script", "commit", "encoder", "policy", "args", "global_step"}
+    assert set(saved) == learnt | {"obs_shape", "act_dim", "action_bounds"}
+    assert saved["script"] == f"{script.__name__}.py" and saved["global_step"] == 110
+    assert saved["obs_shape"] == SHAPE and saved["act_dim"] == 4
+    assert saved["action_bounds"].tolist() == [[[-2, 0], [-0.5, 1]], [[2, 3], [0.5, 9]]]
 
 
 @pytest.mark.parametrize("command", list(commands(PIXELS)))
