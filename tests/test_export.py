@@ -16,14 +16,14 @@ from benchmark.files import Refused
 import numpy as np
 import pytest
 import torch
-from conftest import FILES, ROOT, SCRIPTS, known, randomise
+from conftest import OF_NUMBERS, PIXELS, ROOT, SCRIPTS, images_batch, known, randomise, small
 
 CPU = torch.device("cpu")
 BOUNDED = "probe_envs:Bounded-v0"
 SMALL = {"hidden_dim": 16, "flow_steps": 3, "prior_std": 0.7, "chunk_size": 3, "seed": 5}
 lacking = [name for name in export.ONNX_PACKAGES if importlib.util.find_spec(name) is None]
 needs_onnx = pytest.mark.skipif(bool(lacking), reason=f"{', '.join(lacking)} not installed")
-each_script = pytest.mark.parametrize("name", FILES)
+each_script = pytest.mark.parametrize("name", OF_NUMBERS)
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +57,34 @@ def policy_file(name, folder, env_id=BOUNDED, **changes):
         "args": vars(args),
         "obs_dim": sizes[0],
         "act_dim": sizes[1],
+        "action_bounds": torch.from_numpy(env.action_bounds),
+        "global_step": 321,
+    }
+    path = folder / "policy.pt"
+    torch.save(content | changes, path)
+    return path
+
+
+def policy_of_frames(name, folder, **changes):
+    """The same of a script that sees: the environment's numbers are behind black pictures."""
+    script = importlib.import_module(name)
+    behind = {"env_id": "pixel_envs:Blind-v0", "env_kwargs": json.dumps({"env_id": BOUNDED})}
+    args = script.Args(**known(script, small(script) | {"prior_std": 0.7}), **behind)
+    env = script.make_env(args.env_id, 0, args)
+    shape = env.observation_space.shape
+    agent = script.Agent(shape, 4, args, CPU)
+    randomise(agent.encoder, seed=1)
+    randomise(agent.acting_policy, seed=2)
+    agent.acting_policy.net.rest[-1].weight.data *= 0.3
+    content = {
+        "algorithm": script.ALGORITHM,
+        "script": f"{name}.py",
+        "commit": "0123456",
+        "encoder": agent.encoder.state_dict(),
+        "policy": agent.acting_policy.state_dict(),
+        "args": vars(args),
+        "obs_shape": shape,
+        "act_dim": 4,
         "action_bounds": torch.from_numpy(env.action_bounds),
         "global_step": 321,
     }
@@ -134,6 +162,34 @@ def test_a_graph_acts_as_its_script(name, tmp_path):
     returns = act.play(policy, policy.noise_shape, BOUNDED, "{}", plan)
     assert len(set(returns)) == 3
     np.testing.assert_allclose(returns, played.returns, rtol=1e-5)
+
+
+@needs_onnx
+@pytest.mark.parametrize("name", PIXELS)
+def test_a_graph_of_frames_acts_as_its_script(name, tmp_path):
+    """From stacks of bytes, whatever the batch; the encoder is inside, in both formats."""
+    trained = policies.read(policy_of_frames(name, tmp_path))
+    script = trained.module
+    obs = images_batch(200, seed=7)["obs"]
+    own = script.MODES[script.DEPLOYED]
+    scaled = own(trained.agent, obs, trained.args, torch.Generator().manual_seed(8)).double()
+    space = script.gym.make(BOUNDED).action_space
+    middle, half = (space.high + space.low) / 2, (space.high - space.low) / 2
+    expected = middle + half * scaled.numpy().reshape(200, 2, 2)
+    check_clipping(trained, torch.from_numpy(expected))
+    assert (np.ptp(expected, 0) > 0.1 * half).all()  # the pictures matter
+    noise = trained.actor.draw(200, torch.Generator().manual_seed(8)).numpy()
+    for suffix in ".onnx", ".pt2":
+        path = tmp_path / f"policy{suffix}"
+        first, *_, wrote = export.export(trained, path, episodes=0)
+        assert float(first.split()[-1]) < 1e-4
+        assert (
+            "observation (batch, 3, 24, 24, 3), noise (batch, 4) -> action (batch, 2, 2)" in wrote
+        )
+        batch = export.batched(path.read_bytes(), suffix)
+        np.testing.assert_allclose(batch(obs.numpy(), noise), expected, rtol=1e-4, atol=1e-4)
+    metadata = act.OnnxPolicy(tmp_path / "policy.onnx").metadata
+    assert json.loads(metadata["obs_shape"]) == [3, 24, 24, 3] and "obs_dim" not in metadata
 
 
 @pytest.mark.parametrize("name", ["fpmd_meanflow_online", "mvp_offline_to_online"])
@@ -246,6 +302,33 @@ def test_a_policy_that_does_not_fit_is_refused(title, tmp_path, monkeypatch):
     words = [path, "--output", "x.pt2", "--env-id", BOUNDED]
     line = refusal(monkeypatch, export, *words)
     assert "policy.pt" in line and "\n" not in line and not (tmp_path / "x.pt2").exists()
+
+
+NO_SIGHT = {
+    "no encoder": {"encoder": {}},
+    "another encoder": {"encoder": {"w": torch.ones(2)}},
+    "numbers": {"obs_shape": 3},
+    "no frames": {"obs_shape": (0, 24, 24, 3)},
+    "no colours": {"obs_shape": (3, 24, 24)},
+}
+
+
+@pytest.mark.parametrize("title", NO_SIGHT)
+def test_a_policy_of_frames_that_does_not_fit_is_refused(title, tmp_path, monkeypatch):
+    path = policy_of_frames("fpmd_meanflow_pixels_online", tmp_path, **NO_SIGHT[title])
+    line = refusal(monkeypatch, export, path, "--output", "x.pt2", "--episodes", "0")
+    assert "policy.pt" in line and "\n" not in line and not (tmp_path / "x.pt2").exists()
+
+
+def test_no_episodes_are_played_of_frames(tmp_path, monkeypatch):
+    path = policy_of_frames("fpmd_meanflow_pixels_online", tmp_path)
+    line = refusal(monkeypatch, export, path, "--output", "x.pt2")
+    assert "acts on frames" in line and "add --episodes 0" in line
+    assert not (tmp_path / "x.pt2").exists()
+    if not lacking:
+        trained = policies.read(path)
+        (tmp_path / "x.onnx").write_bytes(export.serialise(trained, ".onnx"))
+        assert "acts on frames" in refusal(monkeypatch, act, "x.onnx")
 
 
 def test_an_older_policy_is_refused_in_one_line(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ import numpy as np
 
 
 class OnnxPolicy:
-    """An exported policy in one thread: policy(obs (obs_dim,), noise) -> action or chunk."""
+    """An exported policy in one thread: policy(one observation, noise) -> action or chunk."""
 
     def __init__(self, file: Path | bytes):
         import onnxruntime
@@ -41,7 +41,7 @@ class OnnxPolicy:
         self.noise_shape = tuple(shapes["noise"]) if "noise" in shapes else None
 
     def batch(self, obs: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
-        """obs (B, obs_dim), noise (B, *noise_shape) -> actions (B, [h,] *action_shape)."""
+        """obs (B, ...), noise (B, *noise_shape) -> actions (B, [h,] *action_shape)."""
         inputs = {"observation": obs}
         if noise is not None:
             inputs["noise"] = noise
@@ -116,9 +116,8 @@ def play(policy: Callable, noise_shape, env_id: str, env_kwargs: str, plan: Plan
     return returns
 
 
-def milliseconds(policy: Callable, obs_dim: int, noise_shape, calls: int = 500) -> float:
+def milliseconds(policy: Callable, obs: np.ndarray, noise_shape, calls: int = 500) -> float:
     """Median of a call for one observation, warm."""
-    obs = np.zeros(obs_dim, np.float32)
     noise = None if noise_shape is None else np.zeros(noise_shape, np.float32)
     seconds = []
     for _ in range(calls + 50):
@@ -163,6 +162,8 @@ def open_policy(path: Path) -> OnnxPolicy:
         fail(f"{path} is damaged, or no ONNX file")
     if "env_id" not in policy.metadata:
         fail(f"{path} was not written by export.py")
+    if "obs_shape" in policy.metadata:
+        fail(f"{path} acts on frames; episodes are played here of numbers alone")
     return policy
 
 
@@ -180,7 +181,8 @@ def main() -> None:
         fail(f"cannot make {env_id}: {error}")
     plan = read_plan(options)
     returns = play(policy, policy.noise_shape, env_id, known["env_kwargs"], plan)
-    ms = milliseconds(policy, int(known["obs_dim"]), policy.noise_shape)
+    obs = np.zeros(int(known["obs_dim"]), np.float32)
+    ms = milliseconds(policy, obs, policy.noise_shape)
     for seed, value in zip(plan.seeds, returns, strict=True):
         print(f"seed {seed}: return {value:.4f}")
     print(f"return {np.mean(returns):.2f} +- {np.std(returns):.2f} {ms:.3f} ms/action")

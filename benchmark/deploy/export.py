@@ -3,7 +3,8 @@
 The graph takes raw observations and standard normal noise and gives actions in the environment's
 own units: prior_std, the normalisation of observations, the clip and the rescaling are in it, the
 batch size is free. Metadata say what it is of. SAC takes no noise; DPMD takes one for each of its T
-steps; a policy of chunks gives (batch, h, ...).
+steps; a policy of chunks gives (batch, h, ...). A policy from pixels takes stacks of bytes, and its
+encoder is in the graph; no episodes are played with it.
 
 Before anything is written the graph is compared with the script: the largest difference over 1,000
 observations, and ten episodes by the graph alone (by onnxruntime in a process without torch) beside
@@ -54,11 +55,14 @@ def describe(trained: Trained) -> dict[str, str]:
         "global_step": str(saved["global_step"]),
         "env_id": trained.args.env_id,
         "env_kwargs": trained.args.env_kwargs,
-        "obs_dim": str(saved["obs_dim"]),
         "act_dim": str(saved["act_dim"]),
         "action_low": json.dumps(low),
         "action_high": json.dumps(high),
     }
+    if trained.sees_frames:
+        found["obs_shape"] = json.dumps(saved["obs_shape"])
+    else:
+        found["obs_dim"] = str(saved["obs_dim"])
     if trained.chunk_size:
         found["chunk_size"] = str(trained.chunk_size)
     return found
@@ -66,7 +70,7 @@ def describe(trained: Trained) -> dict[str, str]:
 
 def examples(trained: Trained) -> tuple[Tensor, ...]:
     """Inputs to trace with: a batch of three, as sizes of one are taken for constants."""
-    inputs = [torch.zeros(3, trained.saved["obs_dim"])]
+    inputs = [trained.observation(3)]
     if trained.actor.noise_shape:
         inputs.append(torch.zeros(3, *trained.actor.noise_shape))
     return tuple(inputs)
@@ -150,7 +154,7 @@ def by_torch(model: Callable) -> Callable:
 
 
 def single(batch: Callable) -> Callable:
-    """The same for one observation: (obs_dim,) -> an action, or a chunk."""
+    """The same for one observation, without a batch: -> an action, or a chunk."""
     return lambda obs, noise: batch(obs[None], None if noise is None else noise[None])[0]
 
 
@@ -158,7 +162,7 @@ def single(batch: Callable) -> Callable:
 def difference(trained: Trained, batch: Callable, obs: Tensor) -> tuple[float, float]:
     """Largest difference to the script's own act: as it is, and as a share of half the range.
 
-    obs (B, obs_dim); the noise is drawn from a seed of its own.
+    obs (B, ...); the noise is drawn from a seed of its own.
     """
     expected = policies.reference(trained, obs, seed=1)
     noise = trained.actor.draw(len(obs), torch.Generator().manual_seed(1))
@@ -171,10 +175,11 @@ def difference(trained: Trained, batch: Callable, obs: Tensor) -> tuple[float, f
 
 
 def observations(trained: Trained, played: policies.Episodes | None) -> Tensor:
-    """1,000 of the episodes', (1000, obs_dim); standard normal ones if none was played."""
+    """1,000 of the episodes', (1000, ...); noise if none was played."""
     rng = torch.Generator().manual_seed(0)
     if played is None:
-        return torch.randn((CHECKED, trained.saved["obs_dim"]), generator=rng)
+        noise = trained.observation(CHECKED)
+        return noise.random_(generator=rng) if trained.sees_frames else noise.normal_(generator=rng)
     seen = played.obs.flatten(0, 1)
     return seen[torch.randint(len(seen), (CHECKED,), generator=rng)]
 
@@ -211,7 +216,12 @@ def play_program(batch: Callable, trained: Trained, plan: act.Plan) -> dict:
     args = trained.args
     shape = trained.actor.noise_shape
     returns = act.play(policy, shape, args.env_id, args.env_kwargs, plan)
-    return {"returns": returns, "ms": act.milliseconds(policy, trained.saved["obs_dim"], shape)}
+    return {"returns": returns, "ms": milliseconds(policy, trained)}
+
+
+def milliseconds(policy: Callable, trained: Trained) -> float:
+    """Median of a call for one observation."""
+    return act.milliseconds(policy, trained.observation(1)[0].numpy(), trained.actor.noise_shape)
 
 
 def report(name: str, result: dict) -> str:
@@ -235,12 +245,10 @@ def export(trained: Trained, path: Path, episodes: int = 10) -> list[str]:
     error, share = difference(trained, batch, observations(trained, played))
     if not share < TOLERANCE:
         raise RuntimeError(f"the graph's actions differ from torch's by up to {error:.3g}")
-    obs_dim = trained.saved["obs_dim"]
-    shape = trained.actor.noise_shape
-    ms = act.milliseconds(single(by_torch(model)), obs_dim, shape)
+    ms = milliseconds(single(by_torch(model)), trained)
     torch_result = {"returns": played.returns if played else [], "ms": ms}
     if played is None:
-        result = {"returns": [], "ms": act.milliseconds(single(batch), obs_dim, shape)}
+        result = {"returns": [], "ms": milliseconds(single(batch), trained)}
     elif path.suffix == ".onnx":
         result = play_without_torch(content, trained, plan_of(trained, played))
     else:
@@ -249,13 +257,14 @@ def export(trained: Trained, path: Path, episodes: int = 10) -> list[str]:
         file.write(content)
     name = "onnxruntime" if path.suffix == ".onnx" else "torch.export"
     name += ", without torch" if result.get("torch") is False else ""
-    noise = f", noise (batch, {', '.join(map(str, shape))})" if shape else ""
-    actions = ", ".join(map(str, model.shape))
+    sizes = trained.observation(1).shape[1:], trained.actor.noise_shape or (), model.shape
+    obs, noise, actions = (", ".join(map(str, shape)) for shape in sizes)
+    noise = f", noise (batch, {noise})" if noise else ""
     return [
         f"largest difference to torch over {CHECKED:,} observations: {error:.2g}",
         report("torch", torch_result),
         report(name, result),
-        f"wrote {path}, {len(content) / 1e6:.1f} MB: observation (batch, {obs_dim}){noise} "
+        f"wrote {path}, {len(content) / 1e6:.1f} MB: observation (batch, {obs}){noise} "
         f"-> action (batch, {actions})",
     ]
 
@@ -289,6 +298,8 @@ def main() -> None:
         fail(f"--script {script} is no Python file")
     torch.set_num_threads(1)
     trained = policies.read(Path(options.policy), script)
+    if trained.sees_frames and options.episodes:
+        fail(f"{options.policy} acts on frames, of which no episodes are played: add --episodes 0")
     env_id = trained.args.env_id
     if options.env_id and options.env_id != env_id:
         fail(f"{options.policy} was trained on {env_id}, not on {options.env_id}")

@@ -81,11 +81,18 @@ class MeanAction(nn.Module):
         return None
 
 
+def networks(agent: nn.Module) -> dict[str, nn.Module]:
+    """What acts, as policy.pt names it: what sees frames, if something does, comes first."""
+    found = {"encoder": agent.encoder} if hasattr(agent, "encoder") else {}
+    return found | {"policy": agent.acting_policy}
+
+
 def actor(module: ModuleType, agent: nn.Module, args: Any) -> nn.Module:
     """The script's deployed policy as one of the modules above; raises ValueError for others."""
     policy = agent.acting_policy
     if hasattr(module, "OneStepPolicy"):
-        return OneStep(module.OneStepPolicy(policy), args.prior_std, policy.act_dim).eval()
+        deployed = module.OneStepPolicy(*networks(agent).values())
+        return OneStep(deployed, args.prior_std, policy.act_dim).eval()
     if module.DEPLOYED == "one_candidate":
         return Denoising(policy, module, args.prior_std).eval()
     if hasattr(module, "GaussianPolicy"):
@@ -140,6 +147,16 @@ class Trained:
         return self.saved["action_bounds"]
 
     @property
+    def sees_frames(self) -> bool:
+        return "obs_shape" in self.saved
+
+    def observation(self, n: int) -> Tensor:
+        """n of them, all zero: numbers (n, obs_dim) float32, or stacks (n, *obs_shape) uint8."""
+        if self.sees_frames:
+            return torch.zeros(n, *self.saved["obs_shape"], dtype=torch.uint8)
+        return torch.zeros(n, self.saved["obs_dim"])
+
+    @property
     def chunk_size(self) -> int:
         """Actions at once; 0: the script knows no chunks."""
         return getattr(self.args, "chunk_size", 0)
@@ -192,12 +209,13 @@ def read(source: Path, script: Path | None = None) -> Trained:
     args = replace(module.Args(), **saved["args"])
     try:
         check_sizes(saved)
-        sizes = saved["obs_dim"], saved["act_dim"], args, CPU
-        module.refuse_too_large(args, *sizes[:2], CPU)
-        agent = module.Agent(*sizes)
-        network = agent.acting_policy
-        module.refuse_unlike(saved, saved | {"policy": network.state_dict(), "global_step": 0})
-        network.load_state_dict(saved["policy"])
+        sizes = saved.get("obs_shape", saved.get("obs_dim")), saved["act_dim"]
+        module.refuse_too_large(args, *sizes, CPU)
+        agent = module.Agent(*sizes, args, CPU)
+        ours = {name: network.state_dict() for name, network in networks(agent).items()}
+        module.refuse_unlike(saved, saved | ours | {"global_step": 0})
+        for name, network in networks(agent).items():
+            network.load_state_dict(saved[name])
         return Trained(module, args, agent, saved, actor(module, agent, args))
     except Exception as error:
         fail(f"{file} does not fit {module.__file__}: {error}")
@@ -205,9 +223,11 @@ def read(source: Path, script: Path | None = None) -> Trained:
 
 def check_sizes(saved: dict) -> None:
     """Raise ValueError unless sizes and bounds can be those of an environment."""
-    for name in "obs_dim", "act_dim":
-        if type(saved.get(name)) is not int or saved[name] < 1:
-            raise ValueError(f"{name} is {saved.get(name)!r}")
+    for name in "obs_shape" if "obs_shape" in saved else "obs_dim", "act_dim":
+        value = saved.get(name)
+        sizes = value if isinstance(value, tuple) and name == "obs_shape" else [value]
+        if not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(f"{name} is {value!r}")
     bounds = saved.get("action_bounds")
     if not isinstance(bounds, Tensor) or bounds.numel() != 2 * saved["act_dim"]:
         raise ValueError(f"action_bounds are not two for each of {saved['act_dim']} actions")
