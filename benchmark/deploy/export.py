@@ -289,12 +289,7 @@ def main() -> None:
         fail(f"--script {script} is no Python file")
     torch.set_num_threads(1)
     trained = policies.read(Path(options.policy), script)
-    env_id = trained.args.env_id
-    if options.env_id and options.env_id != env_id:
-        fail(f"{options.policy} was trained on {env_id}, not on {options.env_id}")
-    if options.episodes and ":" in env_id and not options.env_id:
-        module = env_id.partition(":")[0]
-        fail(f"{options.policy} would import {module}; if you trust it, add --env-id {env_id}")
+    policies.refuse_other_env(trained, options.env_id, plays=bool(options.episodes))
     for line in export(trained, options.output, options.episodes):
         print(line)
 

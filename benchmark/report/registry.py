@@ -11,6 +11,7 @@ from benchmark.report.figures_campaign import (
 )
 from benchmark.report.figures_latency import draw_latency
 from benchmark.report.figures_training import draw_learning_curves, draw_success_rates
+from benchmark.report.tables_deploy import policies
 from benchmark.report.tables_latency import latency
 from collections.abc import Callable
 from functools import partial
@@ -68,6 +69,7 @@ def registry() -> Registry:
     for name, tasks in ("cpu", 3), ("pendulum", 1), ("cartpole", 1), ("cuda", 6):
         add_campaign(found, name, several_tasks=tasks > 1)
     add_meanflowql(found)
+    found.tables["policies"] = or_not_yet(policies, "None yet."), "policies.csv"
     add_latency(found, "cpu", "a CPU")
     add_latency(found, "cuda", "a GPU")
     add_latency(found, "core", "one CPU core")
