@@ -70,7 +70,7 @@ def draw_success_rates(path: Path, output: Path) -> None:
 
 
 def draw_success_rate(panel, found: dict, mode: str) -> None:
-    """One mode of evaluation: seeds thin, their mean thick, its name at the end if there are more."""
+    """One mode of evaluation: seeds thin, their mean thick; names at the ends if there are two."""
     variants = names(found)
     ends = []
     colours = style.FIRST, style.SECOND, style.THIRD, style.FOURTH
