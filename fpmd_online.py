@@ -227,8 +227,7 @@ class Agent(nn.Module):
         self.register_buffer("q_std_within", torch.tensor(1.0))  # of Q within a state
         self.to(device)
         self.device = device
-        self.updates = 0
-        self.alpha_updates = 0
+        self.updates = self.alpha_updates = 0
         # a tensor, which a recorded CUDA graph reads when it is replayed
         self.policy_lr = torch.tensor(args.policy_lr[0], device=device)
         adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
@@ -388,12 +387,6 @@ def update_q_statistics(agent: Agent, scores: Tensor, rate: float) -> None:
     agent.q_mean.lerp_(q.mean(), rate)
     agent.q_std.lerp_(q.std(correction=0), rate).clamp_(min=1e-6)  # 0 would divide Q
     agent.q_std_within.lerp_(scores.std(0, correction=0).mean(), rate).clamp_(min=1e-6)
-
-
-def flow_spread(candidates: Tensor, noise_std) -> Tensor:
-    """Std of actions (N, B, act_dim) less that of the noise on them: variances add."""
-    variance = candidates.var(0, correction=min(1, len(candidates) - 1)).mean()
-    return (variance - noise_std**2).clamp(min=0).sqrt()
 
 
 def update(agent: Agent, batch: dict, args: Args, rng, improve_policy: bool, loss_fn=None) -> dict:
@@ -846,6 +839,9 @@ def make_env(env_id: str, index: int = 0, film: bool = False, env_kwargs: str = 
     if film:
         options["render_mode"] = "rgb_array"
     load_simulator(env_id)
+    mujoco = sys.modules.get("mujoco") if index else None
+    if mujoco:  # the first env has shown what it says
+        mujoco.set_mju_user_warning(lambda _: None)
     try:
         env = gym.make(env_id, **options)
     except (Exception, SystemExit) as error:  # a module of others runs here
@@ -856,6 +852,9 @@ def make_env(env_id: str, index: int = 0, film: bool = False, env_kwargs: str = 
         if near and isinstance(error, gym.error.UnregisteredEnv):
             known = f" Ids near it: {', '.join(near)}"
         fail(f"cannot make {env_id!r}: {reason(error)}{known}")
+    warnings.filterwarnings("ignore", ".*torch.jit.*")  # dm_control has turned all on
+    if mujoco:
+        mujoco.set_mju_user_warning(None)
     raw = env.unwrapped
     if film and hasattr(raw, "mujoco_renderer") and raw.model.ncam:
         raw.mujoco_renderer.camera_id = 0  # it follows
@@ -1437,6 +1436,12 @@ def load(path: str, name: str) -> tuple[Path, dict]:
         if known[key] is not None and type(value) is not kind and not whole:
             fail(f"{other}: {flag(key)} is {value!r}")
     return file, content
+
+
+def flow_spread(candidates: Tensor, noise_std) -> Tensor:
+    """Std of actions (N, B, act_dim) less that of the noise on them: variances add."""
+    variance = candidates.var(0, correction=min(1, len(candidates) - 1)).mean()
+    return (variance - noise_std**2).clamp(min=0).sqrt()
 
 
 # what update returns, and so the columns of metrics.csv

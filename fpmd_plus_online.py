@@ -410,14 +410,6 @@ def update_policy(agent: Agent, obs, z, candidates, w, args: Args, rng, loss_fn)
     return {"losses/policy_loss": loss.detach()}
 
 
-def latent_spread(
-    policy: nn.Module, obs: Tensor, own: Tensor, args: Args, rng: Generator
-) -> Tensor:
-    """Std of own actions (..., B, act_dim) over latents: half the squared distance to others."""
-    z = args.prior_std * torch.randn(own.shape[-2:], generator=rng, device=obs.device)
-    return ((own - generate(policy, obs, z)).square().mean() / 2).sqrt()
-
-
 def update(agent, batch: dict, args: Args, rng, _improve_policy=True, losses=None) -> dict:
     """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
     # what changes between calls is a tensor, so that a CUDA graph can record an update
@@ -848,6 +840,9 @@ def make_env(env_id: str, index: int = 0, film: bool = False, env_kwargs: str = 
     if film:
         options["render_mode"] = "rgb_array"
     load_simulator(env_id)
+    mujoco = sys.modules.get("mujoco") if index else None
+    if mujoco:  # the first env has shown what it says
+        mujoco.set_mju_user_warning(lambda _: None)
     try:
         env = gym.make(env_id, **options)
     except (Exception, SystemExit) as error:  # a module of others runs here
@@ -858,6 +853,9 @@ def make_env(env_id: str, index: int = 0, film: bool = False, env_kwargs: str = 
         if near and isinstance(error, gym.error.UnregisteredEnv):
             known = f" Ids near it: {', '.join(near)}"
         fail(f"cannot make {env_id!r}: {reason(error)}{known}")
+    warnings.filterwarnings("ignore", ".*torch.jit.*")  # dm_control has turned all on
+    if mujoco:
+        mujoco.set_mju_user_warning(None)
     raw = env.unwrapped
     if film and hasattr(raw, "mujoco_renderer") and raw.model.ncam:
         raw.mujoco_renderer.camera_id = 0  # it follows
@@ -1439,6 +1437,14 @@ def load(path: str, name: str) -> tuple[Path, dict]:
         if known[key] is not None and type(value) is not kind and not whole:
             fail(f"{other}: {flag(key)} is {value!r}")
     return file, content
+
+
+def latent_spread(
+    policy: nn.Module, obs: Tensor, own: Tensor, args: Args, rng: Generator
+) -> Tensor:
+    """Std of own actions (..., B, act_dim) over latents: half the squared distance to others."""
+    z = args.prior_std * torch.randn(own.shape[-2:], generator=rng, device=obs.device)
+    return ((own - generate(policy, obs, z)).square().mean() / 2).sqrt()
 
 
 # what update returns, and so the columns of metrics.csv

@@ -845,6 +845,9 @@ def make_env(env_id: str, index: int = 0, film: bool = False, env_kwargs: str = 
     if film:
         options["render_mode"] = "rgb_array"
     load_simulator(env_id)
+    mujoco = sys.modules.get("mujoco") if index else None
+    if mujoco:  # the first env has shown what it says
+        mujoco.set_mju_user_warning(lambda _: None)
     try:
         env = gym.make(env_id, **options)
     except (Exception, SystemExit) as error:  # a module of others runs here
@@ -855,6 +858,9 @@ def make_env(env_id: str, index: int = 0, film: bool = False, env_kwargs: str = 
         if near and isinstance(error, gym.error.UnregisteredEnv):
             known = f" Ids near it: {', '.join(near)}"
         fail(f"cannot make {env_id!r}: {reason(error)}{known}")
+    warnings.filterwarnings("ignore", ".*torch.jit.*")  # dm_control has turned all on
+    if mujoco:
+        mujoco.set_mju_user_warning(None)
     raw = env.unwrapped
     if film and hasattr(raw, "mujoco_renderer") and raw.model.ncam:
         raw.mujoco_renderer.camera_id = 0  # it follows

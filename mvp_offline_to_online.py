@@ -355,12 +355,6 @@ def update_policy(agent: Agent, obs, actions, w, args: Args, rng: Generator, los
     return {"losses/policy_loss": meanflow.detach(), "losses/ivc_loss": constraint.detach()}
 
 
-def flow_spread(candidates: Tensor, noise_std) -> Tensor:
-    """Std of actions (N, B, act_dim) less that of the noise on them: variances add."""
-    variance = candidates.var(0, correction=min(1, len(candidates) - 1)).mean()
-    return (variance - noise_std**2).clamp(min=0).sqrt()
-
-
 def update(agent: Agent, batch: dict, args: Args, rng, _improve_policy=True, loss_fn=None) -> dict:
     """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
     # what changes between calls is a tensor, so that a CUDA graph can record an update
@@ -828,6 +822,9 @@ def make_env(env_id: str, index: int = 0, film: bool = False, env_kwargs: str = 
     if film:
         options["render_mode"] = "rgb_array"
     load_simulator(env_id)
+    mujoco = sys.modules.get("mujoco") if index else None
+    if mujoco:  # the first env has shown what it says
+        mujoco.set_mju_user_warning(lambda _: None)
     try:
         env = gym.make(env_id, **options)
     except (Exception, SystemExit) as error:  # a module of others runs here
@@ -838,6 +835,9 @@ def make_env(env_id: str, index: int = 0, film: bool = False, env_kwargs: str = 
         if near and isinstance(error, gym.error.UnregisteredEnv):
             known = f" Ids near it: {', '.join(near)}"
         fail(f"cannot make {env_id!r}: {reason(error)}{known}")
+    warnings.filterwarnings("ignore", ".*torch.jit.*")  # dm_control has turned all on
+    if mujoco:
+        mujoco.set_mju_user_warning(None)
     raw = env.unwrapped
     if film and hasattr(raw, "mujoco_renderer") and raw.model.ncam:
         raw.mujoco_renderer.camera_id = 0  # it follows
@@ -1492,6 +1492,12 @@ def load(path: str, name: str) -> tuple[Path, dict]:
         if known[key] is not None and type(value) is not kind and not whole:
             fail(f"{other}: {flag(key)} is {value!r}")
     return file, content
+
+
+def flow_spread(candidates: Tensor, noise_std) -> Tensor:
+    """Std of actions (N, B, act_dim) less that of the noise on them: variances add."""
+    variance = candidates.var(0, correction=min(1, len(candidates) - 1)).mean()
+    return (variance - noise_std**2).clamp(min=0).sqrt()
 
 
 # what update returns, and so the columns of metrics.csv

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -478,6 +479,24 @@ def test_probe_envs_are_valid_environments():
 
     for name in ("Constant", "Observed", "Delayed", "Acted", "Both"):
         check_env(gym.make(f"probe_envs:{name}-v0").unwrapped, skip_render_check=True)
+
+
+@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
+def test_simulators_say_a_thing_once(script, capfd):
+    """What MuJoCo says of HalfCheetah's model is not repeated per environment; later words are."""
+    script.make_envs("HalfCheetah-v4", 3).close()
+    assert capfd.readouterr().err.count("'settotalmass' is deprecated") == 1
+    assert sys.modules["mujoco"].get_mju_user_warning() is None
+
+
+@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
+def test_dm_controls_taste_for_warnings_is_undone(script):
+    """It shows every DeprecationWarning from its import on: dozens of torch's while compiling."""
+    pytest.importorskip("dm_control")
+    script.make_envs("dm_control/cartpole-swingup-v0", 1).close()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.warn("`torch.jit.script` is deprecated.", DeprecationWarning, stacklevel=1)
+    assert not seen
 
 
 @pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
