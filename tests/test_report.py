@@ -344,6 +344,19 @@ def test_reformulations_are_means_over_seeds(copy):
     assert row["exact: transport"] == "0.040" and "Means of 2 seeds after 10 updates" in text
 
 
+def test_alphas_are_told_on_one_scale(copy):
+    """Of normalised Q, alpha counts times mean |Q|."""
+    row = {"env_id": "ogbench:cube", "seed": 1, "updates": 10, "mse_to_data": 0.254}
+    row |= {"outside_box": 0.125, "candidate_spread": 0.1, "commit": "0" * 40}
+    rows = [row | {"alpha": 30.0, "normalize_q": False, "q_value": -20.0}]
+    rows += [row | {"alpha": 0.3, "normalize_q": True, "q_value": -20.0}]
+    table, text = tabled(copy, "meanflowql-alphas", "meanflowql_alphas.csv", rows)
+    assert [line["flags"] for line in table] == ["`--alpha 30`", "`--normalize-q --alpha 0.3`"]
+    assert [line["alpha against Q itself"] for line in table] == ["30.0", "6.0"]
+    assert table[0]["mean Q"] == "-20.0" and table[0]["distance to the data"] == "0.25"
+    assert table[0]["beyond the bounds"] == "12 %" and "Commit `0000000`" in text
+
+
 # ---------------------------------------------------------------------------- collect.py
 
 

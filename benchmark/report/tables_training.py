@@ -243,6 +243,32 @@ def reformulations(path: Path) -> str:
     return table_with_note(table, note)
 
 
+def alphas(path: Path) -> str:
+    """What alpha does to a policy of MeanFlowQL by the end of the offline phase."""
+    table = []
+    for row in fmt.read(path):
+        alpha, q = float(row["alpha"]), float(row["q_value"])
+        normalised = row["normalize_q"] == "True"
+        table.append(
+            {
+                "task": row["env_id"].partition(":")[2],
+                "flags": f"`{'--normalize-q ' * normalised}--alpha {alpha:g}`",
+                "mean Q": fmt.number(q),
+                "alpha against Q itself": fmt.number(alpha * abs(q) if normalised else alpha),
+                "distance to the data": f"{float(row['mse_to_data']):.2f}",
+                "beyond the bounds": f"{100 * float(row['outside_box']):.0f} %",
+                "spread of candidates": f"{float(row['candidate_spread']):.2f}",
+            }
+        )
+    note = (
+        "Means over the last tenth of the offline updates, one seed: Q of the data's actions; "
+        "squared distance of one-step actions to the data's; share of coordinates beyond the "
+        "bounds before the clip; std over candidates. With `--normalize-q`, alpha times mean |Q| "
+        f"is the alpha that would do the same without. Commit {fmt.commits(fmt.read(path))}."
+    )
+    return table_with_note(table, note)
+
+
 def constraint(path: Path) -> str:
     """Errors of the mean velocity on the 1-D flow whose mean velocity is known."""
     rows, table = fmt.read(path), []
