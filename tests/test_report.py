@@ -357,6 +357,28 @@ def test_alphas_are_told_on_one_scale(copy):
     assert table[0]["beyond the bounds"] == "12 %" and "Commit `0000000`" in text
 
 
+def test_a_screen_shows_runs_as_they_went(copy):
+    """A run that ended early has no later cells."""
+    known = {"seed": 1, "device": "a CPU", "threads": 1, "torch": "2.13.0", "commit": "0" * 40}
+    rows = [
+        known
+        | {"env_id": env, "flags": flags, "mode": mode, "global_step": step}
+        | {"return_mean": value, "returns": "1 2 3"}
+        for env, flags, step, value in (
+            ("Ant-v4", "", 5000, 10.04),
+            ("Ant-v4", "", 10_000, 1234.4),
+            ("Ant-v4", "--num-atoms 1", 5000, -3.0),
+        )
+        for mode in ("one_step", "best_of_n")
+    ]
+    table, text = tabled(copy, "recipe-screen", "recipe_screen.csv", rows)
+    assert [(line["flags"], line["5k"], line["10k"]) for line in table] == [
+        ("the default", "10.0", "1,234"),
+        ("`--num-atoms 1`", "-3.0", "-"),
+    ]
+    assert "in 3 episodes" in text
+
+
 # ---------------------------------------------------------------------------- collect.py
 
 

@@ -29,6 +29,7 @@ TRAINING = {
     "offline-to-online": (training.success_rates, "offline_to_online_cpu.csv"),
     "constraint": (training.constraint, "constraint.csv"),
     "reformulations": (training.reformulations, "reformulations.csv"),
+    "recipe-screen": (training.screen, "recipe_screen.csv"),
     "compile-cpu": (training.ablation, "compile_cpu.csv"),
     "short-runs": (training.ablation, "short_runs_cpu.csv"),
     "reference-policies": (training.reference_policies, "reference_policies.csv"),
