@@ -92,8 +92,6 @@ def test_documented_commands_work(command, tmp_path, monkeypatch):
     else:
         args = script.parse_args(command[2:])
         small = small_flags(script)
-        if getattr(args, "weights", None) == "best":  # which has no KL to steer
-            small.append("--target-kl=1.0")
         if args.precision == "tf32":  # which only a GPU has
             small += ["--precision=float32"]
         if "--weights" in command:  # of the best alone there is no KL
