@@ -20,7 +20,7 @@ def test_it_was_run_from_top_to_bottom():
     outputs = [output for cell in done for output in cell["outputs"]]
     assert {output["output_type"] for output in outputs} <= {"stream", "display_data"}
     assert not any(output.get("name") == "stderr" for output in outputs)
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 6
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 7
     text = LECTURE.read_text()
     assert len(text) < 400_000 and "/tmp/" not in text and "/home/" not in text
 
