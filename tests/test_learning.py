@@ -3,15 +3,15 @@
 import csv
 
 import pytest
-from conftest import fpmd_only
 
 
 @pytest.mark.slow
-@fpmd_only
+@pytest.mark.parametrize("script", ["fpmd_meanflow_online"], indirect=True)
 def test_inverted_pendulum_is_solved(run):
     """The one-step policy balances for the whole 1,000 steps, in every episode, after 5,000 steps.
 
     Faster moving averages, learning rates and alpha than published, to fit into a minute or two.
+    FPMD-R does the same in test_lecture.py.
     """
     run_dir = run(
         env_id="InvertedPendulum-v4",
