@@ -1224,7 +1224,8 @@ class Run:
         # the warm-up's pace says nothing about the rest
         left = f", {hours:.1f} h left" if self.agent.updates else ""
         reward = self.metrics["charts/episodic_return"]
-        say(f"step {self.global_step:,} of {steps:,}: return {reward:.1f}, {speed:.0f}/s{left}")
+        told = "" if math.isnan(reward) else f"return {reward:.1f}, "  # no episode yet
+        say(f"step {self.global_step:,} of {steps:,}: {told}{speed:.0f}/s{left}")
 
     def evaluate_mode(self, mode: str) -> None:
         """Play episodes; a signal does not wait for them, but gives them up."""

@@ -3,15 +3,18 @@
 import csv
 import importlib
 import json
+import math
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import fields, replace
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import gymnasium as gym
@@ -485,6 +488,22 @@ def test_simulators_say_a_thing_once(script, capfd):
     script.make_envs("HalfCheetah-v4", 3).close()
     assert capfd.readouterr().err.count("'settotalmass' is deprecated") == 1
     assert sys.modules["mujoco"].get_mju_user_warning() is None
+
+
+@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
+@pytest.mark.parametrize(("reward", "told"), [(math.nan, ""), (12.34, "return 12.3, ")])
+def test_progress_names_a_return_once_there_is_one(script, reward, told, capsys):
+    """On data, and before the first episode ends, there is none."""
+    run = SimpleNamespace(
+        bar=SimpleNamespace(disable=True),
+        told=(time.time() - 100, 0),
+        global_step=500,
+        args=script.Args(total_timesteps=1000),
+        agent=SimpleNamespace(updates=0),
+        metrics={"charts/episodic_return": reward},
+    )
+    script.Run.show_progress(run)
+    assert capsys.readouterr().out == f"step 500 of 1,000: {told}5/s\n"
 
 
 @pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)

@@ -40,7 +40,10 @@ def test_files_and_rows_belong_together():
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids=[row["policy"] for row in ROWS])
 def test_a_policy_earns_what_its_row_says(row, tmp_path):
-    """Ten episodes of --evaluate, within 3.3 standard errors of the row's mean."""
+    """Ten episodes of --evaluate, within 3.3 standard errors of the row's mean.
+
+    And a thousandth of it: another processor rounds in another way.
+    """
     module = row["env_id"].partition(":")[0]
     if module != row["env_id"] and importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} is not installed")
@@ -50,8 +53,9 @@ def test_a_policy_earns_what_its_row_says(row, tmp_path):
     assert done.returncode == 0, done.stderr
     returns = [float(x) for x in re.findall(r"episode \d+: return (\S+)", done.stdout)]
     assert len(returns) == 10
-    error = math.sqrt(1 / 10 + 1 / int(row["episodes"])) * float(row["return_std"])
-    assert abs(np.mean(returns) - float(row["return_mean"])) <= 3.3 * error + 1e-3
+    mean, std = float(row["return_mean"]), float(row["return_std"])
+    error = math.sqrt(1 / 10 + 1 / int(row["episodes"])) * std
+    assert abs(np.mean(returns) - mean) <= 3.3 * error + 1e-3 * abs(mean)
 
 
 # ---------------------------------------------------------------------------- publish.py
