@@ -39,8 +39,8 @@ RESULTS = """
 import json
 print("RESULTS", json.dumps({
     "spreads": spreads.tolist(), "one_step": one_step_errors, "many": many_step_errors,
-    "rewards": [one_earned[0], one_earned[-20:].mean()], "gaps": [gap.max(), gap[-20:].mean()],
-    "returns": returns["one_step"], "actions": actions.tolist()}))
+    "rewards": [one_earned[0], one_earned[-50:].mean()], "gaps": [gap.max(), gap[-50:].mean()],
+    "returns": returns["one_step"], "disagree": (actions - many).abs().mean().item()}))
 """
 
 
@@ -68,4 +68,5 @@ def test_it_shows_what_it_says(tmp_path):
     # section 5: the pole stands
     assert len(found["returns"]) == 8 and found["returns"][0] < 500
     assert max(found["returns"][-2:]) >= 950
-    assert len(found["actions"]) == 5 and all(abs(a) <= 1 for (a,) in found["actions"])
+    # section 6: where it acts, the policy is narrow
+    assert found["disagree"] < 0.3
