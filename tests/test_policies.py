@@ -48,7 +48,8 @@ def test_a_policy_earns_what_its_row_says(row, tmp_path):
     if module != row["env_id"] and importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} is not installed")
     command = [sys.executable, ROOT / row["script"], "--env-id", row["env_id"]]
-    command += ["--evaluate", ROOT / "policies" / f"{row['policy']}.pt", "--device", "cpu"]
+    file = ROOT / "policies" / f"{row['policy']}.pt"
+    command += ["--evaluate", file, "--eval-episodes", "10", "--device", "cpu"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     returns = [float(x) for x in re.findall(r"episode \d+: return (\S+)", done.stdout)]
