@@ -34,6 +34,7 @@ def test_files_and_rows_belong_together():
         assert len(values) == int(row["episodes"]) >= 50
         assert float(row["return_mean"]) == pytest.approx(values.mean(), abs=1e-3)
         assert float(row["return_std"]) == pytest.approx(values.std(ddof=1), abs=1e-3)
+        assert saved["args"]["runs_dir"] == "runs" and not saved["args"]["resume"]
     assert sum(file.stat().st_size for file in FILES) <= 5_000_000
 
 
@@ -75,10 +76,18 @@ def publish_to(tmp_path, monkeypatch):
 
 
 def test_publishing_copies_and_writes_a_row(publish_to, tmp_path):
-    """The file as it is, and a row of its episodes; the same name again replaces its row alone."""
+    """All but where it was made, and its episodes; the same name again replaces its row alone."""
     path = policy_file("fpmd_online", tmp_path, env_id="Hopper-v4")
+    content = torch.load(path, weights_only=True)
+    content["args"] |= {"runs_dir": "/home/me", "wandb_entity": "we", "track": True}
+    torch.save(content, path)
     (first,) = publish_to(path, "--name", "b", "--episodes", 3)
-    assert (tmp_path / "policies/b.pt").read_bytes() == path.read_bytes()
+    kept = torch.load(tmp_path / "policies/b.pt", weights_only=True)
+    assert kept["args"].pop("runs_dir") == "runs" and content["args"].pop("runs_dir") == "/home/me"
+    assert kept["args"].pop("wandb_entity") is None and not kept["args"].pop("track")
+    assert kept["args"].items() <= content["args"].items() and set(kept) == set(content)
+    for name, value in content["policy"].items():
+        assert kept["policy"][name].equal(value)
     played = publish.policies.play(publish.policies.read(path), 3)
     returns = np.array(first["returns"].split(), float)
     np.testing.assert_allclose(returns, played.returns, atol=1e-4)

@@ -8,7 +8,6 @@ The rows are benchmark/results/policies.csv; report.py makes the table of docs/d
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmark import RESULTS, ROOT, scripts
 from benchmark.cli import Parser, run, text, whole
 from benchmark.deploy import policies
-from benchmark.files import exists, fail, read_table, write_csv
+from benchmark.files import exists, fail, read_table, whole_file, write_csv
 from benchmark.runs import flags
 
 import numpy as np
@@ -24,6 +23,7 @@ import torch
 
 FOLDER, TABLE = ROOT / "policies", RESULTS / "policies.csv"
 MOST_BYTES = 1_000_000
+PRIVATE = "runs_dir", "resume", "evaluate", "track", "wandb_project_name", "wandb_entity"
 
 
 def measure(trained: policies.Trained, name: str, episodes: int) -> dict:
@@ -48,6 +48,13 @@ def measure(trained: policies.Trained, name: str, episodes: int) -> dict:
         "success_rate": successes.mean() if np.isfinite(successes).all() else "",
         "returns": " ".join(f"{value:.4f}" for value in played.returns),
     }
+
+
+def without_private(trained: policies.Trained) -> dict:
+    """The content of policy.pt, in which nothing says on whose machine it was made."""
+    defaults = trained.module.Args()
+    public = {name: getattr(defaults, name) for name in PRIVATE}
+    return trained.saved | {"args": trained.saved["args"] | public}
 
 
 def parse() -> argparse.Namespace:
@@ -75,7 +82,8 @@ def main() -> None:
     rows = read_table(TABLE, ["policy"]) if exists(TABLE) else []
     others = [other for other in rows if other["policy"] != options.name]
     FOLDER.mkdir(exist_ok=True)
-    shutil.copyfile(source, FOLDER / f"{options.name}.pt")
+    with whole_file(FOLDER / f"{options.name}.pt", "wb") as file:
+        torch.save(without_private(trained), file)
     write_csv(sorted([*others, row], key=lambda row: row["policy"]), TABLE)
     print(f"policies/{options.name}.pt: return {row['return_mean']:.2f} +- {row['return_std']:.2f}")
 
