@@ -40,7 +40,8 @@ import json
 print("RESULTS", json.dumps({
     "spreads": spreads.tolist(), "one_step": one_step_errors, "many": many_step_errors,
     "rewards": [one_earned[0], one_earned[-50:].mean()], "gaps": [gap.max(), gap[-50:].mean()],
-    "returns": returns["one_step"], "disagree": (actions - many).abs().mean().item()}))
+    "returns": returns["one_step"], "disagree": (actions - many).abs().mean().item()},
+    default=float))
 """
 
 
