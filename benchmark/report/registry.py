@@ -119,10 +119,7 @@ def add_meanflowql(found: Registry) -> None:
             found.tables[f"meanflowql-{task}-{name}"] = or_not_yet(build, "Not run yet."), csv
     for name in "meanflowql", "mvp":
         found.tables[f"{name}-cube-cuda"] = training.cut_off, f"{name}_cube_cuda.csv"
-    missing = "Not run yet."
     found.tables["meanflowql-alphas"] = training.alphas, "meanflowql_alphas.csv"
-    source = "mvp_constraint_cpu.csv"
-    found.tables["mvp-constraint"] = or_not_yet(training.success_rates, missing), source
 
 
 def add_latency(found: Registry, where: str, machine: str) -> None:

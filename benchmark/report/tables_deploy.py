@@ -7,8 +7,8 @@ from pathlib import Path
 
 def policies(path: Path) -> str:
     """A row per policy: its task, what it earns in one step, and the command that trained it."""
-    table = []
-    for row in fmt.read(path):
+    rows, table = fmt.read(path), []
+    for row in rows:
         mean, std = float(row["return_mean"]), float(row["return_std"])
         rate = row["success_rate"]
         command = f"python {row['script']} --env-id {row['env_id']} --seed {row['seed']} "
@@ -24,7 +24,7 @@ def policies(path: Path) -> str:
                 "commit": fmt.commits([row]),
             }
         )
-    episodes = {int(row["episodes"]) for row in fmt.read(path)}
+    episodes = {int(row["episodes"]) for row in rows}
     note = (
         f"Mean and standard deviation over {fmt.joined_numbers(episodes)} episodes of one run. "
         "Steps are the environment's, and updates on a dataset before them."

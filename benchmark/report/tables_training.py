@@ -245,8 +245,8 @@ def reformulations(path: Path) -> str:
 
 def alphas(path: Path) -> str:
     """What alpha does to a policy of MeanFlowQL by the end of the offline phase."""
-    table = []
-    for row in fmt.read(path):
+    rows, table = fmt.read(path), []
+    for row in rows:
         alpha, q = float(row["alpha"]), float(row["q_value"])
         normalised = row["normalize_q"] == "True"
         table.append(
@@ -264,7 +264,7 @@ def alphas(path: Path) -> str:
         "Means over the last tenth of the offline updates, one seed: Q of the data's actions; "
         "squared distance of one-step actions to the data's; share of coordinates beyond the "
         "bounds before the clip; std over candidates. With `--normalize-q`, alpha times mean |Q| "
-        f"is the alpha that would do the same without. Commit {fmt.commits(fmt.read(path))}."
+        f"is the alpha that would do the same without. Commit {fmt.commits(rows)}."
     )
     return table_with_note(table, note)
 
