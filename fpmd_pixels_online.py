@@ -976,6 +976,21 @@ def prepare_mujoco(raw: gym.Env, env_id: str, args: Args) -> None:
         raw.mujoco_renderer.camera_id = camera
 
 
+def picture_options(env_id: str, args: Args) -> dict:
+    size = {"height": args.image_size, "width": args.image_size}
+    if env_id.startswith("dm_control/"):
+        return {"render_kwargs": size | {"camera_id": choose_camera(env_id, args)}}
+    return size if is_mujoco(env_id) else {}
+
+
+def near_ids(env_id: str, error: BaseException) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4)
+    known = near and isinstance(error, gym.error.UnregisteredEnv)
+    return f" Ids near it: {', '.join(near)}" if known else ""
+
+
 def make_env(env_id: str, index: int = 0, args: Args | None = None) -> gym.Env:
     """Stacks of frames (K, size, size, 3) uint8, actions (act_dim,) in [-1, 1]; else refused."""
     args = args or Args()
@@ -985,13 +1000,12 @@ def make_env(env_id: str, index: int = 0, args: Args | None = None) -> gym.Env:
         for signum in STOPPING:  # they are for the run, which then ends this process
             signal.signal(signum, signal.SIG_IGN)
     options = {"render_mode": "rgb_array"} | json.loads(args.env_kwargs)
-    size = {"height": args.image_size, "width": args.image_size}
-    if env_id.startswith("dm_control/"):
-        options["render_kwargs"] = size | {"camera_id": choose_camera(env_id, args)}
-    elif is_mujoco(env_id):
-        options |= size
+    options |= picture_options(env_id, args)
     choose_opengl(env_id)
     load_simulator(env_id)
+    mujoco = sys.modules.get("mujoco") if index else None
+    if mujoco:  # the first env has shown what it says
+        mujoco.set_mju_user_warning(lambda _: None)
     wrappers = gym.wrappers
     try:
         env = gym.make(env_id, **options)
@@ -1001,13 +1015,10 @@ def make_env(env_id: str, index: int = 0, args: Args | None = None) -> gym.Env:
         env = wrappers.RepeatAction(env, args.action_repeat)
         env = wrappers.AddRenderObservation(env, render_only=True)
     except (Exception, SystemExit) as error:  # a module of others runs here
-        import difflib
-
-        near = difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4)
-        known = ""
-        if near and isinstance(error, gym.error.UnregisteredEnv):
-            known = f" Ids near it: {', '.join(near)}"
-        fail(f"cannot make {env_id!r} with pictures: {reason(error)}{known}")
+        fail(f"cannot make {env_id!r} with pictures: {reason(error)}{near_ids(env_id, error)}")
+    warnings.filterwarnings("ignore", ".*torch.jit.*")  # dm_control has turned all on
+    if mujoco:
+        mujoco.set_mju_user_warning(None)
     refuse_actions(env_id, env.action_space)
     refuse_frames(env_id, env.observation_space, args)
     env = wrappers.FrameStackObservation(env, args.frame_stack)
@@ -1380,7 +1391,8 @@ class Run:
         # the warm-up's pace says nothing about the rest
         left = f", {hours:.1f} h left" if self.agent.updates else ""
         reward = self.metrics["charts/episodic_return"]
-        say(f"step {self.global_step:,} of {steps:,}: return {reward:.1f}, {speed:.0f}/s{left}")
+        told = "" if math.isnan(reward) else f"return {reward:.1f}, "  # no episode yet
+        say(f"step {self.global_step:,} of {steps:,}: {told}{speed:.0f}/s{left}")
 
     def evaluate_mode(self, mode: str) -> None:
         """Play episodes; a signal does not wait for them, but gives them up."""

@@ -811,6 +811,14 @@ def load_simulator(env_id: str) -> None:
         fail(f"{env_id} needs more: {cure} ({error})")
 
 
+def near_ids(env_id: str, error: BaseException) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4)
+    known = near and isinstance(error, gym.error.UnregisteredEnv)
+    return f" Ids near it: {', '.join(near)}" if known else ""
+
+
 def make_env(env_id: str, index: int = 0, film: bool = False, env_kwargs: str = "{}") -> gym.Env:
     """Flat float32 observations, actions (act_dim,) in [-1, 1]; other envs are refused."""
     gym.logger.min_level = gym.logger.ERROR + 1  # papers report the outdated v4
@@ -822,16 +830,16 @@ def make_env(env_id: str, index: int = 0, film: bool = False, env_kwargs: str = 
     if film:
         options["render_mode"] = "rgb_array"
     load_simulator(env_id)
+    mujoco = sys.modules.get("mujoco") if index else None
+    if mujoco:  # the first env has shown what it says
+        mujoco.set_mju_user_warning(lambda _: None)
     try:
         env = gym.make(env_id, **options)
     except (Exception, SystemExit) as error:  # a module of others runs here
-        import difflib
-
-        near = difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4)
-        known = ""
-        if near and isinstance(error, gym.error.UnregisteredEnv):
-            known = f" Ids near it: {', '.join(near)}"
-        fail(f"cannot make {env_id!r}: {reason(error)}{known}")
+        fail(f"cannot make {env_id!r}: {reason(error)}{near_ids(env_id, error)}")
+    warnings.filterwarnings("ignore", ".*torch.jit.*")  # dm_control has turned all on
+    if mujoco:
+        mujoco.set_mju_user_warning(None)
     raw = env.unwrapped
     if film and hasattr(raw, "mujoco_renderer") and raw.model.ncam:
         raw.mujoco_renderer.camera_id = 0  # it follows
@@ -1258,7 +1266,8 @@ class Run:
         # the warm-up's pace says nothing about the rest
         left = f", {hours:.1f} h left" if self.agent.updates else ""
         reward = self.metrics["charts/episodic_return"]
-        say(f"step {self.global_step:,} of {steps:,}: return {reward:.1f}, {speed:.0f}/s{left}")
+        told = "" if math.isnan(reward) else f"return {reward:.1f}, "  # no episode yet
+        say(f"step {self.global_step:,} of {steps:,}: {told}{speed:.0f}/s{left}")
 
     def evaluate_mode(self, mode: str) -> None:
         """Play episodes; a signal does not wait for them, but gives them up."""

@@ -829,6 +829,7 @@ NEEDS = {  # what a program cannot do without, so that the flag under test is wh
     "latency": ["--modes", "eager", "--output", "out.csv"],
     "export": ["policy.pt", "--output", "policy.onnx"],
     "act": ["policy.onnx"],
+    "publish": ["policy.pt", "--name", "mine"],
     "constraint": ["--output", "out"],
     "one_step": ["--output", "out.png"],
     "trajectories": ["--policies", "folder", "--output", "out.png"],

@@ -109,6 +109,7 @@ OF_PIXELS = """
 ONE_IS_ENOUGH |= set(OF_PIXELS.split())
 # and here those whose critics, or whose rules and files, have a text of their own
 OWN_TEXT_ONLY = {"test_time_limit_is_no_termination", "test_reward_comes_later"}
+OWN_TEXT_ONLY |= {"test_reward_depends_on_both"}
 OWN_TEXT_ONLY |= {"test_flags_and_environments_are_refused_in_one_line"}
 OWN_TEXT_ONLY |= {"test_files_of_runs_are_refused_in_one_line"}
 LIKE_OTHERS = {"fpmd_meanflow_online", "dpmd_online", "mvp_offline_to_online"}

@@ -33,7 +33,8 @@ SHARED = [
     (OFFLINE, ["updates_due"]),
     # plumbing
     (EVERY, ["fail", "reason", "warn", "say", "EnvironmentFailure", "GuardedEnvs"]),
-    (EVERY, ["refuse_actions", "refuse_observations", "load_simulator", "make_env", "make_envs"]),
+    (EVERY, ["refuse_actions", "refuse_observations", "load_simulator", "near_ids"]),
+    (EVERY, ["make_env", "make_envs"]),
     (EVERY, ["try_out", "choose_opengl", "write_video", "versions", "describe_machine"]),
     (EVERY, ["make_run_dir", "lock", "write_whole", "write_text", "write_json"]),
     (
@@ -79,7 +80,7 @@ SHARED = [
     (PIXELS, ["convolution", "Encoder", "Trunk", "TwinCritic", "Agent", "act_one_step"]),
     (PIXELS, ["act_best", "act_best_of_n", "act_explore", "random_shift", "update_critic"]),
     (PIXELS, ["update", "ReplayBuffer", "train", "SeededEpisodes", "GuardedEnvs", "refuse_frames"]),
-    (PIXELS, ["is_mujoco", "choose_camera", "prepare_mujoco", "make_env"]),
+    (PIXELS, ["is_mujoco", "choose_camera", "prepare_mujoco", "picture_options", "make_env"]),
     (PIXELS, ["make_envs", "choose_opengl", "Run", "state_of", "restore_buffer", "chunks"]),
     (PIXELS, ["write_frames", "read_frames", "own_rules", "frames_held", "refuse_too_large"]),
     (PIXELS, ["accelerate", "replay", "main", "run_to_the_end"]),

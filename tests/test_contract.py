@@ -3,14 +3,18 @@
 import csv
 import importlib
 import json
+import math
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import time
+import warnings
 from dataclasses import fields, replace
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import gymnasium as gym
@@ -95,8 +99,6 @@ def test_documented_commands_work(command, tmp_path, monkeypatch):
     else:
         args = script.parse_args(command[2:])
         small = small_flags(script)
-        if getattr(args, "weights", None) == "best":  # which has no KL to steer
-            small.append("--target-kl=1.0")
         if args.precision == "tf32":  # which only a GPU has
             small += ["--precision=float32"]
         if "--weights" in command:  # of the best alone there is no KL
@@ -486,6 +488,40 @@ def test_probe_envs_are_valid_environments():
 
     for name in ("Constant", "Observed", "Delayed", "Acted", "Both"):
         check_env(gym.make(f"probe_envs:{name}-v0").unwrapped, skip_render_check=True)
+
+
+@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
+def test_simulators_say_a_thing_once(script, capfd):
+    """What MuJoCo says of HalfCheetah's model is not repeated per environment; later words are."""
+    script.make_envs("HalfCheetah-v4", 3).close()
+    assert capfd.readouterr().err.count("'settotalmass' is deprecated") == 1
+    assert sys.modules["mujoco"].get_mju_user_warning() is None
+
+
+@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
+@pytest.mark.parametrize(("reward", "told"), [(math.nan, ""), (12.34, "return 12.3, ")])
+def test_progress_names_a_return_once_there_is_one(script, reward, told, capsys):
+    """On data, and before the first episode ends, there is none."""
+    run = SimpleNamespace(
+        bar=SimpleNamespace(disable=True),
+        told=(time.time() - 100, 0),
+        global_step=500,
+        args=script.Args(total_timesteps=1000),
+        agent=SimpleNamespace(updates=0),
+        metrics={"charts/episodic_return": reward},
+    )
+    script.Run.show_progress(run)
+    assert capsys.readouterr().out == f"step 500 of 1,000: {told}5/s\n"
+
+
+@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
+def test_dm_controls_taste_for_warnings_is_undone(script):
+    """It shows every DeprecationWarning from its import on: dozens of torch's while compiling."""
+    pytest.importorskip("dm_control")
+    script.make_envs("dm_control/cartpole-swingup-v0", 1).close()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.warn("`torch.jit.script` is deprecated.", DeprecationWarning, stacklevel=1)
+    assert not seen
 
 
 @pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)

@@ -77,12 +77,13 @@ def test_updates_follow_from_utd_alone(script, run, monkeypatch, num_envs, utd):
 def test_training_moves_every_network(script, run):
     """Not just 'did not crash': each network differs from its initial weights."""
     settings = {"env_id": "probe_envs:Both-v0", "total_timesteps": 200}
-    end = load(run(**settings))["agent"]
-    torch.manual_seed(script.Args().seed)
-    args = script.Args(hidden_dim=16)
+    saved = load(run(**settings))
+    end, args = saved["agent"], script.Args(**saved["args"])
+    torch.manual_seed(args.seed)
     start = script.Agent(1, 1, args, torch.device("cpu")).state_dict()
-    frozen = [key for key in start if torch.equal(start[key], end[key])]
-    assert not frozen
+    frozen = {key for key in start if torch.equal(start[key], end[key])}
+    # atoms never move, and the scale has tests of its own
+    assert not {key for key in frozen if ".atoms" not in key and "reward_scale." not in key}
 
 
 def test_same_seed_same_run_and_other_seed_other_run(run):
@@ -130,7 +131,8 @@ def test_success_rate_is_the_share_of_successful_episodes(script, run):
     assert len({row["success_rate"] for row in table}) == 1  # the same first observations
     assert table[0]["returns"].split() == ["3.0000"] * 40
     costs = {row["mode"]: (row["nfe"], row["num_candidates"]) for row in table}
-    known_costs = {"one_step": ("1", "1"), "best_of_n": ("2", "2")}
+    jumps = "1" if script.__name__ == "fpmd_plus_online" else "2"
+    known_costs = {"one_step": ("1", "1"), "best_of_n": (jumps, "2")}
     known_costs |= {"one_candidate": ("2", "1"), "sampled": ("1", "1")}
     assert costs == {mode: known_costs[mode] for mode in costs}
 

@@ -22,7 +22,7 @@ from benchmark.launch.jobs import Job, read_rows
 from benchmark.launch.progress import View, look
 
 import pytest
-from conftest import ROOT, SMALL, as_flags
+from conftest import ROOT, SMALL, as_flags, known
 
 SCRIPTS = 'scripts = ["fake_online"]\n'
 SLOW = "--step-seconds 0.02"  # 100 steps in two seconds, a checkpoint every 10
@@ -718,7 +718,7 @@ def test_a_real_run_equals_an_undisturbed_one(tmp_path, monkeypatch):
     """The job is killed, then the launcher, each past a checkpoint; evaluations, bit for bit."""
     script = importlib.import_module("fpmd_meanflow_online")
     settings = {"total_timesteps": 2000, "eval_every": 300, "eval_episodes": 2}
-    settings = SMALL | settings | {"checkpoint_every": 400}
+    settings = known(script, SMALL) | settings | {"checkpoint_every": 400}
     monkeypatch.chdir(tmp_path)
     name = {"env_id": "Hopper-v4", "runs_dir": "straight"}
     straight = script.main(script.Args(**(settings | name)))

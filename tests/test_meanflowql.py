@@ -613,6 +613,7 @@ def test_metrics(monkeypatch):
     expected = {
         "policy/best_of_n_gain": (scores.amax(0) - scores.mean(0)).mean(),
         "policy/candidate_spread": candidates.double().std(0, correction=0).mean(),
+        "policy/flow_spread": candidates.double().std(0, correction=0).mean(),
         "policy/outside_box": ((own > 1) | (own < -1)).double().mean(),
         "policy/mse_to_data": (own.clamp(-1, 1) - batch["actions"]).square().mean(),
     }

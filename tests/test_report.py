@@ -344,6 +344,41 @@ def test_reformulations_are_means_over_seeds(copy):
     assert row["exact: transport"] == "0.040" and "Means of 2 seeds after 10 updates" in text
 
 
+def test_alphas_are_told_on_one_scale(copy):
+    """Of normalised Q, alpha counts times mean |Q|."""
+    row = {"env_id": "ogbench:cube", "seed": 1, "updates": 10, "mse_to_data": 0.254}
+    row |= {"outside_box": 0.125, "candidate_spread": 0.1, "commit": "0" * 40}
+    rows = [row | {"alpha": 30.0, "normalize_q": False, "q_value": -20.0}]
+    rows += [row | {"alpha": 0.3, "normalize_q": True, "q_value": -20.0}]
+    table, text = tabled(copy, "meanflowql-alphas", "meanflowql_alphas.csv", rows)
+    assert [line["flags"] for line in table] == ["`--alpha 30`", "`--normalize-q --alpha 0.3`"]
+    assert [line["alpha against Q itself"] for line in table] == ["30.0", "6.0"]
+    assert table[0]["mean Q"] == "-20.0" and table[0]["distance to the data"] == "0.25"
+    assert table[0]["beyond the bounds"] == "12 %" and "Commit `0000000`" in text
+
+
+def test_a_screen_shows_runs_as_they_went(copy):
+    """A run that ended early has no later cells."""
+    known = {"seed": 1, "device": "a CPU", "threads": 1, "torch": "2.13.0", "commit": "0" * 40}
+    rows = [
+        known
+        | {"env_id": env, "flags": flags, "mode": mode, "global_step": step}
+        | {"return_mean": value, "returns": "1 2 3"}
+        for env, flags, step, value in (
+            ("Ant-v4", "", 5000, 10.04),
+            ("Ant-v4", "", 10_000, 1234.4),
+            ("Ant-v4", "--num-atoms 1", 5000, -3.0),
+        )
+        for mode in ("one_step", "best_of_n")
+    ]
+    table, text = tabled(copy, "recipe-screen", "recipe_screen.csv", rows)
+    assert [(line["flags"], line["5k"], line["10k"]) for line in table] == [
+        ("the default", "10.0", "1,234"),
+        ("`--num-atoms 1`", "-3.0", "-"),
+    ]
+    assert "in 3 episodes" in text
+
+
 # ---------------------------------------------------------------------------- collect.py
 
 

@@ -300,12 +300,7 @@ def main() -> None:
     trained = policies.read(Path(options.policy), script)
     if trained.sees_frames and options.episodes:
         fail(f"{options.policy} acts on frames, of which no episodes are played: add --episodes 0")
-    env_id = trained.args.env_id
-    if options.env_id and options.env_id != env_id:
-        fail(f"{options.policy} was trained on {env_id}, not on {options.env_id}")
-    if options.episodes and ":" in env_id and not options.env_id:
-        module = env_id.partition(":")[0]
-        fail(f"{options.policy} would import {module}; if you trust it, add --env-id {env_id}")
+    policies.refuse_other_env(trained, options.env_id, plays=bool(options.episodes))
     for line in export(trained, options.output, options.episodes):
         print(line)
 

@@ -235,6 +235,16 @@ def check_sizes(saved: dict) -> None:
         raise ValueError("action_bounds do not rise")
 
 
+def refuse_other_env(trained: Trained, typed: str | None, plays: bool) -> None:
+    """Where an environment is made, a file alone must not decide which module is imported."""
+    env_id = trained.args.env_id
+    if typed and typed != env_id:
+        fail(f"this policy was trained on {env_id}, not on {typed}")
+    if plays and ":" in env_id and not typed:
+        module = env_id.partition(":")[0]
+        fail(f"this policy would import {module}; if you trust it, add --env-id {env_id}")
+
+
 # ---------------------------------------------------------------------------- acting by torch
 def reference(trained: Trained, obs: Tensor, seed: int) -> Tensor:
     """What the script's own act does, in the environment's own units, float64.
@@ -256,6 +266,7 @@ class Episodes:
     """What one policy did: returns (n,), and per action obs and noise of all episodes."""
 
     returns: list[float]
+    successes: list[float]  # (n,), NaN where the environment does not say
     obs: Tensor  # (calls, n, obs_dim)
     noise: Tensor | None  # (n, calls, *noise_shape)
 
@@ -277,13 +288,13 @@ def play(trained: Trained, episodes: int) -> Episodes:
         seen.append((obs.clone(), trained.actor.draw(len(obs), same)))
         return deployed(agent, obs, args, rng)
 
-    returns, *_ = module.evaluate(act, trained.agent, envs, args)
+    returns, successes, _ = module.evaluate(act, trained.agent, envs, args)
     envs.close()
     obs = torch.stack([obs for obs, _ in seen])
     noise = None
     if trained.actor.noise_shape:
         noise = torch.stack([noise for _, noise in seen], 1)
-    return Episodes(returns.tolist(), obs, noise)
+    return Episodes(returns.tolist(), successes.tolist(), obs, noise)
 
 
 def episode_seeds(args: Any, episodes: int) -> list[int]:

@@ -58,24 +58,33 @@ def draw_learning_curves(path: Path, output: Path) -> None:
 
 
 def draw_success_rates(path: Path, output: Path) -> None:
-    """Success of best of N against steps, a line per variant, the online phase shaded."""
+    """Success against steps, one step beside best of N, a line per variant; online is shaded."""
     found = experiments(path)
+    figure, panels = style.grid_of_panels(2, 3, columns=2, sharey=True)
+    for panel, mode in zip(panels, ("one_step", "best_of_n"), strict=True):
+        draw_success_rate(panel, found, mode)
+        panel.set(ylim=(0, 102), xlabel="steps, offline then online")
+        panel.set_title(mode.replace("_", " ").replace(" n", " N"))
+    panels[0].set_ylabel("success rate, %")
+    style.save(figure, output)
+
+
+def draw_success_rate(panel, found: dict, mode: str) -> None:
+    """One mode of evaluation: seeds thin, their mean thick; names at the ends if there are two."""
     variants = names(found)
-    figure, (panel,) = style.grid_of_panels(1, 3)
     ends = []
     colours = style.FIRST, style.SECOND, style.THIRD, style.FOURTH
     for key, colour in zip(sorted(found, key=lambda k: variants[k][1]), colours, strict=False):
-        runs = [successes(run, "best_of_n") for run in found[key].values()]
+        runs = [successes(run, mode) for run in found[key].values()]
         steps = sorted(set.intersection(*map(set, runs)))
         values = np.array([[run[step] for step in steps] for run in runs])
         style.draw_seeds(panel, steps, values, colour)
         ends.append((values.mean(0)[-1], variants[key][1] or "the default", colour))
         panel.axvspan(offline_steps(key), steps[-1], color="0.95", lw=0, zorder=0)
-    style.label_ends(panel, ends, 7)
+    if len(ends) > 1:
+        style.label_ends(panel, ends, 7)
     beside = {"textcoords": "offset points", "va": "top", "color": style.DARK}
     panel.annotate("online", (offline_steps(key), 97), (4, 0), **beside)
-    panel.set(ylim=(0, 100), ylabel="success rate, %", xlabel="steps, offline then online")
     panel.set_xlim(0, steps[-1])
     panel.xaxis.set_major_formatter(style.thousands)
     panel.grid(axis="y")
-    style.save(figure, output)

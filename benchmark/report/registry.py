@@ -11,6 +11,7 @@ from benchmark.report.figures_campaign import (
 )
 from benchmark.report.figures_latency import draw_latency
 from benchmark.report.figures_training import draw_learning_curves, draw_success_rates
+from benchmark.report.tables_deploy import policies
 from benchmark.report.tables_latency import latency
 from collections.abc import Callable
 from functools import partial
@@ -28,6 +29,7 @@ TRAINING = {
     "offline-to-online": (training.success_rates, "offline_to_online_cpu.csv"),
     "constraint": (training.constraint, "constraint.csv"),
     "reformulations": (training.reformulations, "reformulations.csv"),
+    "recipe-screen": (training.screen, "recipe_screen.csv"),
     "compile-cpu": (training.ablation, "compile_cpu.csv"),
     "short-runs": (training.ablation, "short_runs_cpu.csv"),
     "reference-policies": (training.reference_policies, "reference_policies.csv"),
@@ -68,6 +70,7 @@ def registry() -> Registry:
     for name, tasks in ("cpu", 3), ("pendulum", 1), ("cartpole", 1), ("cuda", 6):
         add_campaign(found, name, several_tasks=tasks > 1)
     add_meanflowql(found)
+    found.tables["policies"] = or_not_yet(policies, "None yet."), "policies.csv"
     add_latency(found, "cpu", "a CPU")
     add_latency(found, "cuda", "a GPU")
     add_latency(found, "core", "one CPU core")
@@ -116,9 +119,7 @@ def add_meanflowql(found: Registry) -> None:
             found.tables[f"meanflowql-{task}-{name}"] = or_not_yet(build, "Not run yet."), csv
     for name in "meanflowql", "mvp":
         found.tables[f"{name}-cube-cuda"] = training.cut_off, f"{name}_cube_cuda.csv"
-    missing = "Not run yet."
-    source = "mvp_constraint_cpu.csv"
-    found.tables["mvp-constraint"] = or_not_yet(training.success_rates, missing), source
+    found.tables["meanflowql-alphas"] = training.alphas, "meanflowql_alphas.csv"
 
 
 def add_latency(found: Registry, where: str, machine: str) -> None:

@@ -243,6 +243,51 @@ def reformulations(path: Path) -> str:
     return table_with_note(table, note)
 
 
+def alphas(path: Path) -> str:
+    """What alpha does to a policy of MeanFlowQL by the end of the offline phase."""
+    rows, table = fmt.read(path), []
+    for row in rows:
+        alpha, q = float(row["alpha"]), float(row["q_value"])
+        normalised = row["normalize_q"] == "True"
+        table.append(
+            {
+                "task": row["env_id"].partition(":")[2],
+                "flags": f"`{'--normalize-q ' * normalised}--alpha {alpha:g}`",
+                "mean Q": fmt.number(q),
+                "alpha against Q itself": fmt.number(alpha * abs(q) if normalised else alpha),
+                "distance to the data": f"{float(row['mse_to_data']):.2f}",
+                "beyond the bounds": f"{100 * float(row['outside_box']):.0f} %",
+                "spread of candidates": f"{float(row['candidate_spread']):.2f}",
+            }
+        )
+    note = (
+        "Means over the last tenth of the offline updates, one seed: Q of the data's actions; "
+        "squared distance of one-step actions to the data's; share of coordinates beyond the "
+        "bounds before the clip; std over candidates. With `--normalize-q`, alpha times mean |Q| "
+        f"is the alpha that would do the same without. Commit {fmt.commits(rows)}."
+    )
+    return table_with_note(table, note)
+
+
+def screen(path: Path) -> str:
+    """One-step returns of short runs as they went, a row per task and setting."""
+    rows = [row for row in fmt.read(path) if row["mode"] == "one_step"]
+    steps = sorted({int(row["global_step"]) for row in rows})
+    table = []
+    for env_id, flags, seed in dict.fromkeys((r["env_id"], r["flags"], r["seed"]) for r in rows):
+        own = [r for r in rows if (r["env_id"], r["flags"], r["seed"]) == (env_id, flags, seed)]
+        returns = {int(row["global_step"]): float(row["return_mean"]) for row in own}
+        line = {"task": env_id, "flags": f"`{flags}`" if flags else "the default", "seed": seed}
+        line |= {f"{s / 1000:g}k": fmt.number(returns[s]) if s in returns else "-" for s in steps}
+        table.append(line)
+    episodes = {len(row["returns"].split()) for row in rows}
+    note = (
+        f"Mean return of one step in {fmt.joined_numbers(episodes)} episodes, by environment step. "
+        f"{fmt.made_with(rows)}"
+    )
+    return table_with_note(table, note)
+
+
 def constraint(path: Path) -> str:
     """Errors of the mean velocity on the 1-D flow whose mean velocity is known."""
     rows, table = fmt.read(path), []
