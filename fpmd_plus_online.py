@@ -105,8 +105,8 @@ class Args:
     normalize_rewards: bool = True  # divide rewards by a running scale of discounted returns
     num_atoms: int = 101  # K of a return's distribution (C51), 1: its mean alone
     v_max: float = 5.0  # atoms lie in [-v_max, v_max], in which normalised returns fit
-    critic_layer_norm: bool = True  # LayerNorm in the critics
-    critic_lr: float = 3e-4  # Adam step size of the critics
+    critic_norm: Literal["batch", "layer", "none"] = "batch"  # batch: without target networks
+    critic_lr: float = 1e-3  # Adam step size of the critics
     policy_lr: float = 3e-4  # Adam step size of the policy
     hidden_dim: int = 256  # width of the hidden layers
     critic_layers: int = 2  # hidden layers of the critics, with ReLU; the policy has 3
@@ -149,20 +149,33 @@ class FirstLayer(nn.Module):
 
 
 class MLP(nn.Module):
-    """So many hidden layers, an activation after each (and LayerNorm before it, if asked)."""
+    """So many hidden layers, an activation after each (and a norm before it, if asked)."""
 
-    def __init__(self, input_dims, hidden_dim, out_dim, hidden=3, norm=False, act=nn.Mish):
+    def __init__(self, input_dims, hidden_dim, out_dim, hidden=3, norm=None, act=nn.Mish):
         super().__init__()
         self.first = FirstLayer(*input_dims, out_dim=hidden_dim)
         rest = []
         for dim in [hidden_dim] * (hidden - 1) + [out_dim]:
             if norm:
-                rest.append(nn.LayerNorm(hidden_dim))
+                rest.append(norm(hidden_dim))
             rest += [act(), linear(hidden_dim, dim, fan_in=hidden_dim)]
         self.rest = nn.Sequential(*rest)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.rest(self.first(*inputs))
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Of (..., dim): by the batch's mean and variance while it learns, else by their averages."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, momentum=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, -2)).view_as(x)
+
+
+NORMS = {"batch": BatchNorm, "layer": nn.LayerNorm, "none": None}
 
 
 def time_embedding(t: Tensor) -> Tensor:
@@ -193,13 +206,18 @@ class TwinCritic(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
         sizes = (obs_dim, act_dim), args.hidden_dim, args.num_atoms, args.critic_layers
-        self.z1 = MLP(*sizes, args.critic_layer_norm, nn.ReLU)
-        self.z2 = MLP(*sizes, args.critic_layer_norm, nn.ReLU)
+        batch_norm = args.critic_norm == "batch"
+        self.norm_obs = BatchNorm(obs_dim) if batch_norm else nn.Identity()
+        self.norm_actions = BatchNorm(act_dim) if batch_norm else nn.Identity()
+        self.z1 = MLP(*sizes, NORMS[args.critic_norm], nn.ReLU)
+        self.z2 = MLP(*sizes, NORMS[args.critic_norm], nn.ReLU)
         self.register_buffer("atoms", torch.linspace(-args.v_max, args.v_max, args.num_atoms))
+        self.eval()  # but in update_critic
 
     def logits(self, obs: Tensor, actions: Tensor) -> Tensor:
         """Of Z_1 and Z_2: obs (B, obs_dim), actions (..., B, act_dim) -> (2, ..., B, K)."""
-        return torch.stack([self.z1(obs, actions), self.z2(obs, actions)])
+        inputs = self.norm_obs(obs), self.norm_actions(actions)
+        return torch.stack([self.z1(*inputs), self.z2(*inputs)])
 
     def mean(self, logits: Tensor) -> Tensor:
         """(..., K) -> Q (...); a single logit is Q itself."""
@@ -249,7 +267,9 @@ class Agent(nn.Module):
         self.critic = TwinCritic(obs_dim, act_dim, args)
         # moving averages (EMA): the policy that acts, and the target network
         self.acting_policy = copy.deepcopy(self.policy).requires_grad_(False)
-        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.target_critic = self.critic  # with BatchNorm
+        if args.critic_norm != "batch":
+            self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("log_temperature", torch.tensor(math.log(args.temperature_init)))
         self.reward_scale = RewardScale(args)
         self.to(device)
@@ -323,16 +343,26 @@ def project(p: Tensor, values: Tensor, atoms: Tensor) -> Tensor:
     return (hats * p[:, None, :]).sum(-1)
 
 
+def logits_of_both(critic, target_critic, batch: dict, next_actions: Tensor, args: Args):
+    """Logits of Z(s, a) and, constants, of Z'(s', a'): (2, B, K) each."""
+    if args.critic_norm == "batch":  # one batch of both: the same statistics for either
+        obs = torch.cat([batch["obs"], batch["next_obs"]])
+        actions = torch.cat([batch["actions"], next_actions])
+        logits, following = critic.logits(obs, actions).chunk(2, 1)
+        return logits, following.detach()
+    logits = critic.logits(batch["obs"], batch["actions"])
+    with torch.no_grad():
+        return logits, target_critic.logits(batch["next_obs"], next_actions)
+
+
 def critic_loss(critic, target_critic, batch: dict, next_actions: Tensor, scale, args: Args):
     """Loss and Q (2, B) for a' (B, act_dim); Z' has the smaller mean, as in clipped double-Q."""
     rewards = batch["rewards"][:, None] / scale  # (B, 1)
     bootstrap = args.gamma * (1 - batch["terminations"][:, None])
-    logits = critic.logits(batch["obs"], batch["actions"])  # (2, B, K)
+    logits, following = logits_of_both(critic, target_critic, batch, next_actions, args)
     q = critic.mean(logits.detach())  # (2, B)
-    with torch.no_grad():
-        following = target_critic.logits(batch["next_obs"], next_actions)  # (2, B, K)
-        smaller = target_critic.mean(following).argmin(0)  # (B,)
-        following = following.take_along_dim(smaller[None, :, None], 0).squeeze(0)  # (B, K)
+    smaller = critic.mean(following).argmin(0)  # (B,)
+    following = following.take_along_dim(smaller[None, :, None], 0).squeeze(0)  # (B, K)
     if args.num_atoms == 1:
         y = rewards + bootstrap * following
         return (logits - y).square().mean((1, 2)).sum(), q
@@ -386,7 +416,9 @@ def move_towards(slow: nn.Module, fast: nn.Module, tau: float) -> None:
 def update_critic(agent: Agent, batch: dict, next_actions, args: Args, loss_fn) -> dict:
     """Adam step of the critics; loss_fn is critic_loss, or that compiled."""
     scale = agent.reward_scale.scale
+    agent.critic.train()
     loss, q = loss_fn(agent.critic, agent.target_critic, batch, next_actions, scale, args)
+    agent.critic.eval()
     agent.optimizers["critic"].zero_grad()
     loss.backward()
     agent.optimizers["critic"].step()
@@ -430,7 +462,8 @@ def update(agent, batch: dict, args: Args, rng, _improve_policy=True, losses=Non
     metrics |= update_policy(agent, obs, z, candidates, w, args, rng, losses[1])
     metrics["policy/kl"] = update_temperature(agent, w, args)
     move_towards(agent.acting_policy, agent.policy, args.tau)
-    move_towards(agent.target_critic, agent.critic, args.tau)
+    if args.critic_norm != "batch":
+        move_towards(agent.target_critic, agent.critic, args.tau)
     metrics["policy/candidate_spread"] = candidates.std(0, correction=0).mean()
     metrics["policy/ess"] = (1 / (len(w) * w.square().sum(0))).mean()
     metrics["policy/temperature"] = agent.log_temperature.exp()

@@ -110,7 +110,7 @@ class Args:
     normalize_rewards: bool = False  # and divided by a running scale of discounted returns
     num_atoms: int = 1  # K of a return's distribution (C51), 1: its mean alone, squared error
     v_max: float = 5.0  # atoms lie in [-v_max, v_max], in which normalised returns fit
-    critic_layer_norm: bool = False  # LayerNorm in the critics
+    critic_norm: Literal["batch", "layer", "none"] = "none"  # batch: without target networks
     tanh_correction: bool = True  # log pi is the action's, or that of u, as FPMD's authors do
     log_std_range: tuple[float, float] = (-20.0, 0.5)  # log std is clipped to this
     critic_lr: float = 3e-4  # Adam step size of the critics
@@ -142,10 +142,23 @@ def linear(in_dim: int, out_dim: int, fan_in: int, bias: bool = True) -> nn.Line
     return layer
 
 
-class MLP(nn.Sequential):
-    """Linear layers, an activation after every hidden one (and LayerNorm before, if asked)."""
+class BatchNorm(nn.BatchNorm1d):
+    """Of (..., dim): by the batch's mean and variance while it learns, else by their averages."""
 
-    def __init__(self, in_dim: int, out_dim: int, args: Args, norm: bool = False):
+    def __init__(self, dim: int):
+        super().__init__(dim, momentum=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, -2)).view_as(x)
+
+
+NORMS = {"batch": BatchNorm, "layer": nn.LayerNorm, "none": None}
+
+
+class MLP(nn.Sequential):
+    """Linear layers, an activation after every hidden one (and a norm before it, if asked)."""
+
+    def __init__(self, in_dim: int, out_dim: int, args: Args, norm: Callable | None = None):
         activation = {"mish": nn.Mish, "gelu": nn.GELU, "relu": nn.ReLU}[args.activation]
         hidden = []
         dim = in_dim
@@ -153,7 +166,7 @@ class MLP(nn.Sequential):
             hidden.append(linear(dim, args.hidden_dim, fan_in=dim))
             dim = args.hidden_dim
             if norm:
-                hidden.append(nn.LayerNorm(dim))
+                hidden.append(norm(dim))
             hidden.append(activation())
         super().__init__(*hidden, linear(dim, out_dim, fan_in=dim))
 
@@ -173,26 +186,23 @@ class GaussianPolicy(nn.Module):
         return mean, log_std.clamp(*self.log_std_range)
 
 
-class QNetwork(MLP):
-    """Logits of the return's distribution: obs (B, obs_dim), actions (B, act_dim) -> (B, K)."""
-
-    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
-        return super().forward(torch.cat([obs, actions], -1))
-
-
 class TwinCritic(nn.Module):
     """Two independent distributions of the return Z(s, a) on K atoms; Q is their mean."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        sizes = obs_dim + act_dim, args.num_atoms, args, args.critic_layer_norm
-        self.q1 = QNetwork(*sizes)
-        self.q2 = QNetwork(*sizes)
+        sizes = obs_dim + act_dim, args.num_atoms, args, NORMS[args.critic_norm]
+        batch_norm = args.critic_norm == "batch"
+        self.norm = BatchNorm(obs_dim + act_dim) if batch_norm else nn.Identity()
+        self.q1 = MLP(*sizes)
+        self.q2 = MLP(*sizes)
         self.register_buffer("atoms", torch.linspace(-args.v_max, args.v_max, args.num_atoms))
+        self.eval()  # but in update_critic
 
     def logits(self, obs: Tensor, actions: Tensor) -> Tensor:
         """Of Z_1 and Z_2: obs (B, obs_dim), actions (B, act_dim) -> (2, B, K)."""
-        return torch.stack([self.q1(obs, actions), self.q2(obs, actions)])
+        x = self.norm(torch.cat([obs, actions], -1))
+        return torch.stack([self.q1(x), self.q2(x)])
 
     def mean(self, logits: Tensor) -> Tensor:
         """(..., K) -> Q (...); a single logit is Q itself."""
@@ -243,7 +253,9 @@ class Agent(nn.Module):
         self.policy = GaussianPolicy(obs_dim, act_dim, args)
         self.critic = TwinCritic(obs_dim, act_dim, args)
         self.acting_policy = self.policy  # no moving average: what learns is also what acts
-        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.target_critic = self.critic  # with BatchNorm
+        if args.critic_norm != "batch":
+            self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha_init)))
         self.reward_scale = RewardScale(args)
         self.to(device)
@@ -308,6 +320,18 @@ def project(p: Tensor, values: Tensor, atoms: Tensor) -> Tensor:
     return (hats * p[:, None, :]).sum(-1)
 
 
+def logits_of_both(critic, target_critic, batch: dict, next_actions: Tensor, args: Args):
+    """Logits of Z(s, a) and, constants, of Z'(s', a'): (2, B, K) each."""
+    if args.critic_norm == "batch":  # one batch of both: the same statistics for either
+        obs = torch.cat([batch["obs"], batch["next_obs"]])
+        actions = torch.cat([batch["actions"], next_actions])
+        logits, following = critic.logits(obs, actions).chunk(2, 1)
+        return logits, following.detach()
+    logits = critic.logits(batch["obs"], batch["actions"])
+    with torch.no_grad():
+        return logits, target_critic.logits(batch["next_obs"], next_actions)
+
+
 def critic_loss(
     critic, target_critic, batch: dict, next_actions: Tensor, bonus: Tensor, args: Args
 ):
@@ -316,17 +340,16 @@ def critic_loss(
     next_actions a' (B, act_dim) and their entropy bonus -alpha log pi(a'|s') (B,).
     """
     bootstrap = args.gamma * (1 - batch["terminations"][:, None])  # (B, 1)
+    logits, following = logits_of_both(critic, target_critic, batch, next_actions, args)
+    q = critic.mean(logits.detach())
     with torch.no_grad():
         rewards = args.reward_scale * batch["rewards"][:, None]
-        following = target_critic.logits(batch["next_obs"], next_actions)  # (2, B, K)
-        smaller = target_critic.mean(following).argmin(0)  # (B,)
+        smaller = critic.mean(following).argmin(0)  # (B,)
         following = following.take_along_dim(smaller[None, :, None], 0).squeeze(0)  # (B, K)
         values = following if args.num_atoms == 1 else critic.atoms
         y = rewards + bootstrap * (values + bonus[:, None])  # (B, K)
         if args.num_atoms > 1:
             y = project(following.softmax(-1), y, critic.atoms)
-    logits = critic.logits(batch["obs"], batch["actions"])  # (2, B, K)
-    q = critic.mean(logits.detach())
     if args.num_atoms == 1:
         return (logits - y).square().mean((1, 2)).sum(), q
     return -(y * logits.log_softmax(-1)).sum(-1).mean(1).sum(), q
@@ -353,7 +376,9 @@ def update_critic(
 ) -> dict:
     """Adam steps of the critics on one gradient; SAC's authors take one."""
     batch = batch | {"rewards": batch["rewards"] / agent.reward_scale.scale}
+    agent.critic.train()
     loss, q = loss_fn(agent.critic, agent.target_critic, batch, next_actions, bonus, args)
+    agent.critic.eval()
     agent.optimizers["critic"].zero_grad()
     loss.backward()
     for _ in range(args.critic_steps):
@@ -390,7 +415,8 @@ def update(agent, batch: dict, args: Args, rng, _improve_policy=True, losses=Non
     metrics = update_critic(agent, batch, actions, -alpha * log_probs, args, losses[0])
     metrics |= update_policy(agent, obs, e, alpha, args, losses[1])
     update_alpha(agent, metrics["policy/entropy"], args)
-    move_towards(agent.target_critic, agent.critic, args.tau)
+    if args.critic_norm != "batch":
+        move_towards(agent.target_critic, agent.critic, args.tau)
     return metrics | {"policy/alpha": alpha}
 
 

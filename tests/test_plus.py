@@ -39,7 +39,8 @@ OTHERS = [  # every setting beside the default
     {"gradient_step": 0.1},
     {"normalize_rewards": False},
     {"td_action": "best"},
-    {"critic_layer_norm": False},
+    {"critic_norm": "layer"},
+    {"critic_norm": "none"},
 ]
 NAMES = [f"{key}={value}" for setting in OTHERS for key, value in setting.items()]
 
@@ -151,7 +152,7 @@ def numpy_critic_loss(agent, batch, next_actions, scale, args):
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
-@pytest.mark.parametrize("changes", [{}, {"num_atoms": 1}, {"critic_layer_norm": False}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"num_atoms": 1}, {"critic_norm": "layer"}, {"critic_norm": "none"}], ids=str)
 def test_critic_loss_against_numpy(gamma, changes):
     """Distribution of the critic with the smaller mean, per state; only termination ends it."""
     agent, args = make_agent(gamma=gamma, **changes)
