@@ -1,8 +1,9 @@
 """FPMD+: one-step flow policies by mirror descent, with a critic of today.
 
-FPMD-M's policy u, with critics that predict distributions Z of normalised returns (C51). An update
-perturbs the policy's own one-step action N times, weighs the results by a softmax of Q within the
-state, and moves the action to their mean. e, n_i ~ N(0, I), and Q', Z' are the target critics.
+FPMD-M's policy u, with critics that predict distributions Z of normalised returns (C51), and that
+BatchNorm lets do without target networks (CrossQ). An update perturbs the policy's own one-step
+action N times, weighs the results by a softmax of Q within the state, and moves the action to
+their mean. e, n_i ~ N(0, I), and Z' is Z without gradients, in the same batch.
 
     generate       z_1 = prior_std * e,  a(s, e) = z_1 - u(s, z_1, 0, 1)
     propose        a_i = clip(a(s, e) + noise_scale n_i),  i = 1..N around one latent e
@@ -18,7 +19,8 @@ Four parts: 1 METHOD, 2 TRAINING, 3 PLUMBING, 4 SPEED. Stop after part 2, and yo
 the algorithm end to end, from env.step to the optimizers.
 
 Sources: One-Step Flow Policy Mirror Descent, https://arxiv.org/abs/2507.23675;
-C51, https://arxiv.org/abs/1707.06887; SimbaV2 (rewards), https://arxiv.org/abs/2502.15280
+C51, https://arxiv.org/abs/1707.06887; CrossQ, https://arxiv.org/abs/1902.05605;
+SimbaV2 (rewards), https://arxiv.org/abs/2502.15280
 """
 
 # /// script

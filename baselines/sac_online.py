@@ -25,8 +25,8 @@ The defaults match fpmd_online.py's networks, critics and budget; CleanRL's sett
 with the critic of fpmd_plus_online.py:
 
     python baselines/sac_online.py --num-envs 1 --learning-starts 5000 --utd 1 --reward-scale 1 \
-        --normalize-rewards --num-atoms 101 --critic-layer-norm --hidden-layers 2 \
-        --activation relu --log-std-range -5 2 --critic-steps 1 --alpha-init 0.1
+        --normalize-rewards --num-atoms 101 --critic-norm batch --critic-lr 1e-3 --critic-steps 1 \
+        --hidden-layers 2 --activation relu --log-std-range -5 2 --alpha-init 0.1
 
 Four parts: 1 METHOD, 2 TRAINING, 3 PLUMBING, 4 SPEED. Stop after part 2, and you have read
 the algorithm end to end, from env.step to the optimizers.

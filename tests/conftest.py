@@ -364,8 +364,17 @@ def first_weight(net):
     return torch.cat([part.weight.detach() for part in getattr(first, "parts", [first])], 1)
 
 
+def numpy_batch_norm(module, x):
+    """By the batch's mean and variance in training, else by their moving averages; in float64."""
+    mean, var = x.mean(0), x.var(0)
+    if not module.training:
+        mean, var = (v.double().numpy() for v in (module.running_mean, module.running_var))
+    weight, bias = (p.detach().double().numpy() for p in module.parameters())
+    return (x - mean) / np.sqrt(var + module.eps) * weight + bias
+
+
 def numpy_mlp(net, x):
-    """The script's linear layers, LayerNorm and activation, in float64.
+    """The script's linear layers, norms and activation, in float64.
 
     x are all inputs side by side, in the order of the first layer's parts.
     """
@@ -379,6 +388,8 @@ def numpy_mlp(net, x):
         elif isinstance(module, nn.LayerNorm):
             x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + module.eps)
             x = x * weights[0] + weights[1]
+        elif isinstance(module, nn.BatchNorm1d):
+            x = numpy_batch_norm(module, x)
         elif isinstance(module, nn.GELU):
             x = x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
         elif isinstance(module, nn.ReLU):

@@ -15,6 +15,7 @@ from conftest import (
     equal,
     layers,
     load,
+    numpy_batch_norm,
     numpy_mlp,
     one_update,
     randomise,
@@ -42,6 +43,13 @@ OTHERS = [  # every setting beside the default
     {"critic_norm": "layer"},
     {"critic_norm": "none"},
 ]
+REMOVED = (
+    "norm_obs.bias",
+    "norm_actions.bias",
+    "first.parts.1.bias",
+    "z1.rest.2.bias",
+    "z2.rest.2.bias",
+)
 NAMES = [f"{key}={value}" for setting in OTHERS for key, value in setting.items()]
 
 
@@ -124,16 +132,29 @@ def softmax(x, axis=-1):
 
 
 def numpy_logits(critic, obs, actions):
+    if isinstance(critic.norm_obs, plus.BatchNorm):
+        obs = numpy_batch_norm(critic.norm_obs, obs)
+        actions = numpy_batch_norm(critic.norm_actions, actions)
     x = np.concatenate([obs, actions], -1)
     return np.stack([numpy_mlp(net, x) for net in (critic.z1, critic.z2)])  # (2, B, K)
+
+
+def numpy_logits_of_both(agent, b, next_actions, args):
+    """Of (s, a) and of (s', a'); BatchNorm sees both as one batch."""
+    next_actions = next_actions.double().numpy()
+    if args.critic_norm == "batch":
+        obs = np.concatenate([b["obs"], b["next_obs"]])
+        actions = np.concatenate([b["actions"], next_actions])
+        return np.split(numpy_logits(agent.critic, obs, actions), 2, 1)
+    following = numpy_logits(agent.target_critic, b["next_obs"], next_actions)
+    return numpy_logits(agent.critic, b["obs"], b["actions"]), following
 
 
 def numpy_critic_loss(agent, batch, next_actions, scale, args):
     """Loss and Q in float64, state by state."""
     b = {key: value.double().numpy() for key, value in batch.items()}
     atoms = np.linspace(-args.v_max, args.v_max, args.num_atoms)
-    following = numpy_logits(agent.target_critic, b["next_obs"], next_actions.double().numpy())
-    logits = numpy_logits(agent.critic, b["obs"], b["actions"])
+    logits, following = numpy_logits_of_both(agent, b, next_actions, args)
     one = args.num_atoms == 1
     next_q = following[..., 0] if one else softmax(following) @ atoms
     q = logits[..., 0] if one else softmax(logits) @ atoms
@@ -152,14 +173,18 @@ def numpy_critic_loss(agent, batch, next_actions, scale, args):
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
-@pytest.mark.parametrize("changes", [{}, {"num_atoms": 1}, {"critic_norm": "layer"}, {"critic_norm": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_atoms": 1}, {"critic_norm": "layer"}, {"critic_norm": "none"}], ids=str
+)
 def test_critic_loss_against_numpy(gamma, changes):
     """Distribution of the critic with the smaller mean, per state; only termination ends it."""
     agent, args = make_agent(gamma=gamma, **changes)
     randomise(agent.critic, 1)
-    agent.target_critic = make_agent(seed=5, **changes)[0].critic
-    if args.num_atoms == 1:
-        randomise(agent.target_critic, 2)
+    if args.critic_norm != "batch":
+        agent.target_critic = make_agent(seed=5, **changes)[0].critic
+        if args.num_atoms == 1:
+            randomise(agent.target_critic, 2)
+    agent.critic.train()
     batch, next_actions = make_batch(), torch.rand(BATCH, ACT, generator=rng()) * 2 - 1
     arguments = agent.critic, agent.target_critic, batch, next_actions, torch.tensor(0.7), args
     loss, q = plus.critic_loss(*arguments)
@@ -172,7 +197,7 @@ def test_critic_loss_against_numpy(gamma, changes):
 
 def test_the_smaller_mean_is_not_the_smaller_logit():
     """A twin whose every state is better loses to the other, whatever the order of the two."""
-    agent, args = make_agent(gamma=1.0)
+    agent, args = make_agent(gamma=1.0, critic_norm="none")
     batch, next_actions = make_batch(), torch.zeros(BATCH, ACT)
     batch["terminations"] = torch.zeros(BATCH)
     batch["rewards"] = torch.zeros(BATCH)
@@ -193,10 +218,11 @@ def test_the_smaller_mean_is_not_the_smaller_logit():
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_cross_entropy_gradient_against_finite_differences():
+@pytest.mark.parametrize("critic_norm", ["batch", "layer"])
+def test_cross_entropy_gradient_against_finite_differences(critic_norm):
     """Of every weight of both critics, along random directions, in float64."""
-    agent, args = make_agent()
-    agent.double()
+    agent, args = make_agent(critic_norm=critic_norm, gamma=0.0)  # y would follow the weights
+    agent.double().critic.train()
     batch, next_actions = make_batch(dtype=f64), torch.zeros(BATCH, ACT, dtype=f64)
     scale = torch.tensor(0.7, dtype=f64)
 
@@ -221,7 +247,7 @@ def test_cross_entropy_gradient_against_finite_differences():
 @pytest.mark.parametrize("num_atoms", [1, 11])
 def test_td_target_is_a_constant(num_atoms):
     """No gradient flows through y, even if target critic and next actions would carry one."""
-    agent, args = make_agent(num_atoms=num_atoms)
+    agent, args = make_agent(num_atoms=num_atoms, critic_norm="layer")
     agent.target_critic.requires_grad_(True)
     next_actions = torch.zeros(BATCH, ACT, requires_grad=True)
     arguments = agent.critic, agent.target_critic, make_batch(), next_actions, torch.tensor(1.0)
@@ -230,6 +256,57 @@ def test_td_target_is_a_constant(num_atoms):
     assert next_actions.grad is None and not q.requires_grad
     assert all(p.grad is None for p in agent.target_critic.parameters())
     assert all(p.grad.any() for p in agent.critic.parameters())
+
+
+# ---------------------------------------------------------------------------- BatchNorm
+
+
+def buffers(module):
+    return {name: value.clone() for name, value in module.named_buffers()}
+
+
+def test_the_critic_of_batch_norm_is_its_own_target():
+    """Z' is the very critic's that is trained, at this update, and no gradient flows into it."""
+    agent, args = make_agent(num_atoms=1)
+    assert agent.target_critic is agent.critic
+    randomise(agent.critic, 1)
+    agent.critic.train()
+    batch, next_actions = make_batch(), torch.rand(BATCH, ACT, generator=rng()) * 2 - 1
+    arguments = agent.critic, None, batch, next_actions, args
+    logits, following = plus.logits_of_both(*arguments)
+    assert logits.requires_grad and not following.requires_grad
+    swapped = {"obs": "next_obs", "next_obs": "obs", "actions": "actions"}
+    swapped = {name: batch[other] for name, other in swapped.items()} | {"actions": next_actions}
+    theirs, ours = plus.logits_of_both(agent.critic, None, swapped, batch["actions"], args)
+    torch.testing.assert_close(ours, logits.detach())  # one batch of both, in either order
+    torch.testing.assert_close(theirs.detach(), following)
+
+
+def test_only_a_critics_update_moves_the_averages_of_batch_norm():
+    """By a hundredth towards mean and variance of (s, a) and (s', a') together."""
+    agent, args = make_agent()
+    old, batch = buffers(agent.critic), make_batch()
+    obs = torch.randn(7, OBS)
+    for mode in "explore", "best_of_n", "one_step":
+        act(plus, agent, obs, args, rng(), mode)
+    assert all(value.equal(old[name]) for name, value in agent.critic.named_buffers())
+    one_update(plus, agent, batch, args, rng())
+    new = buffers(agent.critic)
+    both = torch.cat([batch["obs"], batch["next_obs"]])
+    mean, var = 0.01 * both.mean(0), 0.99 + 0.01 * both.var(0)
+    torch.testing.assert_close(new["norm_obs.running_mean"], mean)
+    torch.testing.assert_close(new["norm_obs.running_var"], var)
+    assert {name for name in new if new[name].equal(old[name])} == {"atoms"}
+    assert not any(module.training for module in agent.critic.modules())
+
+
+def test_batch_norm_ranks_an_action_alike_in_any_company():
+    """Its averages normalise what acts: candidates do not depend on each other."""
+    agent, args = make_agent()
+    one_update(plus, agent, make_batch(), args, rng())
+    obs, actions = torch.randn(5, OBS), torch.rand(6, 5, ACT)
+    q = agent.critic(obs, actions)
+    torch.testing.assert_close(agent.critic(obs[2:3], actions[4, 2:3]), q[:, 4, 2:3])
 
 
 def test_q_is_the_mean_of_its_distribution():
@@ -244,8 +321,11 @@ def test_q_is_the_mean_of_its_distribution():
     np.testing.assert_allclose(q.detach().numpy(), expected, rtol=1e-3, atol=1e-4)
     for net in agent.critic.z1, agent.critic.z2:
         names = [type(module).__name__ for module in layers(net)]
-        assert names == ["FirstLayer", *["LayerNorm", "ReLU", "Linear"] * args.critic_layers]
-    plain, _ = make_agent(critic_layer_norm=False, critic_layers=3)
+        assert names == ["FirstLayer", *["BatchNorm", "ReLU", "Linear"] * args.critic_layers]
+    layered, _ = make_agent(critic_norm="layer")
+    names = [type(module).__name__ for module in layers(layered.critic.z1)]
+    assert names == ["FirstLayer", *["LayerNorm", "ReLU", "Linear"] * 2]
+    plain, _ = make_agent(critic_norm="none", critic_layers=3)
     names = [type(module).__name__ for module in layers(plain.critic.z1)]
     assert names == ["FirstLayer", *["ReLU", "Linear"] * 3]
 
@@ -628,7 +708,7 @@ def test_the_last_candidate_climbs_from_the_policys_own_action(monkeypatch):
 
 
 def test_moving_averages_start_equal_and_frozen():
-    agent, args = make_agent()
+    agent, args = make_agent(critic_norm="layer")
     for fast, slow in (agent.policy, agent.acting_policy), (agent.critic, agent.target_critic):
         assert all(equal(values(fast), values(slow)))
         assert not any(p.requires_grad for p in slow.parameters())
@@ -642,7 +722,7 @@ def test_moving_averages_start_equal_and_frozen():
 
 @pytest.mark.parametrize("tau", [0.005, 0.3])
 def test_moving_averages_move_by_tau_at_every_update(tau):
-    agent, args = make_agent(tau=tau)
+    agent, args = make_agent(tau=tau, critic_norm="layer")
     pairs = (agent.policy, agent.acting_policy), (agent.critic, agent.target_critic)
     one_update(plus, agent, make_batch(), args, rng())
     old = [values(slow) for _, slow in pairs]
@@ -659,7 +739,8 @@ def test_steps_are_adams_on_the_two_losses(monkeypatch, setting):
     """One each per update, on this update's gradient alone; neither trains the other's network."""
     agent, args = make_agent(**setting)
     manual = copy.deepcopy(agent.policy), copy.deepcopy(agent.critic)
-    adams = [torch.optim.Adam(network.parameters(), 3e-4) for network in manual]
+    sizes = args.policy_lr, args.critic_lr
+    adams = [torch.optim.Adam(n.parameters(), lr) for n, lr in zip(manual, sizes, strict=True)]
     calls = [spy(monkeypatch, plus, name) for name in ("policy_loss", "critic_loss")]
     targets = []
     for i in range(3):
@@ -673,11 +754,16 @@ def test_steps_are_adams_on_the_two_losses(monkeypatch, setting):
         adams[0].step()
         _, _, *rest = recorded[1][i][0]
         adams[1].zero_grad()
+        manual[1].train()
         plus.critic_loss(manual[1], targets[i], *rest)[0].backward()
         adams[1].step()
     for network, copied in zip((agent.policy, agent.critic), manual, strict=True):
-        for ours, expected in zip(values(network), values(copied), strict=True):
-            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=3e-6)  # 1 % of a step
+        for name, expected in copied.named_parameters():
+            # BatchNorm removes constants: the gradient is rounding, of which Adam makes a step
+            if args.critic_norm == "batch" and name.endswith(REMOVED):
+                continue
+            ours = network.get_parameter(name)
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)  # 1 % of a step
     steps = {
         name: {int(state["step"]) for state in optimizer.state.values()}
         for name, optimizer in agent.optimizers.items()
@@ -747,7 +833,7 @@ def test_acting_follows_the_moving_average_and_the_online_critic(mode):
     before = act(plus, agent, obs, args, rng(), mode)
     assert before.shape == (50, ACT) and before.abs().max() <= 1 and not before.requires_grad
     other = make_agent(seed=1)[0]
-    agent.policy, agent.target_critic = other.policy, other.target_critic
+    agent.policy = other.policy
     assert act(plus, agent, obs, args, rng(), mode).equal(before)
     agent.critic = other.critic
     assert act(plus, agent, obs, args, rng(), mode).equal(before) == (mode == "one_step")
@@ -856,6 +942,7 @@ def test_every_setting_trains_and_resumes_exactly(run, setting):
     moved = differences(before["agent"], after["agent"])
     assert any(name.startswith("/acting_policy") for name in moved)
     assert any(name.startswith("/target_critic") for name in moved)
+    assert any("running_mean" in name for name in moved) == ("critic_norm" not in setting)
     assert ("/reward_scale.returns" in moved) == setting.get("normalize_rewards", True)
 
 
