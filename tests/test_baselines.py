@@ -228,6 +228,31 @@ def test_sac_distributional_loss_against_a_loop():
     assert bonus.grad is None and not q.requires_grad
 
 
+def test_sac_with_batch_norm_needs_no_target_critics():
+    """Its averages move in the critics' step alone, by (s, a) and (s', a') as one batch."""
+    agent, args = make_agent(sac, num_atoms=11, critic_norm="batch")
+    assert agent.target_critic is agent.critic
+    batch = make_batch()
+    _, next_e = torch.randn((2, BATCH, ACT), generator=rng())
+    with torch.no_grad():
+        next_actions, _ = sac.sample(agent.policy, batch["next_obs"], next_e, True)
+    seen = torch.cat(
+        [
+            torch.cat([batch["obs"], batch["actions"]], 1),
+            torch.cat([batch["next_obs"], next_actions], 1),
+        ]
+    )
+    sac.update(agent, batch, args, rng(), True)
+    norm = agent.critic.norm
+    torch.testing.assert_close(norm.running_mean, 0.01 * seen.mean(0))
+    torch.testing.assert_close(norm.running_var, 0.99 + 0.01 * seen.var(0))
+    names = [type(module).__name__ for module in agent.critic.q1]
+    assert names == [*["Linear", "BatchNorm", "Mish"] * 3, "Linear"]
+    before = norm.running_mean.clone()
+    sac.policy_loss(agent.policy, agent.critic, batch["obs"], next_e, torch.tensor(0.1), True)
+    assert norm.running_mean.equal(before)
+
+
 def test_sac_learns_from_rewards_divided_by_their_scale():
     """An update with scale 4 is one without on quarter rewards."""
     after = []
