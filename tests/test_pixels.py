@@ -749,7 +749,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("env_id", REFUSED)
-def test_what_cannot_be_seen_is_refused_in_one_line(script, run, capsys, tmp_path, env_id):
+def test_what_cannot_be_seen_is_refused_in_one_line(
+    script, run, capsys, tmp_path, env_id, monkeypatch
+):
+    # another test of this process may have imported mujoco without OpenGL
+    monkeypatch.setattr(script, "choose_opengl", lambda env_id: None)
     with pytest.raises(SystemExit) as stopped:
         run(env_id=env_id)
     err = capsys.readouterr().err

@@ -379,6 +379,31 @@ def test_a_screen_shows_runs_as_they_went(copy):
     assert "in 3 episodes" in text
 
 
+def test_returns_at_the_published_number_of_steps(copy):
+    """Ours by their critics, only what is finished; below them what others published."""
+    known = {"device": "a CPU", "threads": 1, "torch": "2.13.0", "commit": "0" * 40}
+    known |= {"total_timesteps": 100_000, "env_id": "HalfCheetah-v4", "mode": "one_step"}
+    sac = {"algorithm": "sac_online", "flags": "--utd 1.0"}
+    same = sac | {"flags": "--critic-norm batch --utd 1.0"}
+    plus = {"algorithm": "fpmd_plus_online", "flags": ""}
+    runs = (plus, 1, 7000), (plus, 2, 8000), (same, 1, 6000), (sac, 1, 5000)
+    rows = [
+        known | own | {"seed": seed, "global_step": step, "return_mean": value - 100_000 + step}
+        for own, seed, value in runs
+        for step in (90_000, 100_000)
+    ]
+    rows += [known | sac | {"seed": 2, "global_step": 90_000, "return_mean": 1}]
+    rows += [row | {"mode": "best_of_n", "return_mean": 0} for row in rows]
+    table, text = tabled(copy, "plus-100k", "plus_100k_cpu.csv", rows)
+    told = {line["method"]: line["HalfCheetah-v4"] for line in table}
+    assert [*told][:3] == ["**FPMD+**", "**SAC, same critic**", "**SAC**"]
+    half = 12.706 * 500  # t of one degree of freedom, times s / sqrt(2)
+    assert told["**FPMD+**"] == f"7,500 ± {half:,.0f} (2)"
+    assert told["**SAC, same critic**"] == "6,000 (1)" and told["**SAC**"] == "5,000 (1)"
+    assert told["SAC"] == "6,156 ± 528 (10)"  # 2.262 * 738 / sqrt(10)
+    assert table[0]["Walker2d-v4"] == "-" and "at 100,000 steps" in text
+
+
 # ---------------------------------------------------------------------------- collect.py
 
 

@@ -27,12 +27,17 @@ def student_t(freedom: float, level: float = LEVEL) -> float:
     return float(stats.t.ppf((1 + level) / 2, freedom))
 
 
+def half_width(std: float, n: int) -> float:
+    """Half of Student's interval of the mean, t s / sqrt(n), from n values of that std."""
+    return student_t(n - 1) * std / np.sqrt(n)
+
+
 def interval(values: Iterable[float]) -> float:
     """Half the width of Student's interval of the mean, t s / sqrt(n); NaN for a single value."""
     values = np.asarray(list(values), float)
     if len(values) < 2:
         return np.nan
-    return student_t(len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return half_width(values.std(ddof=1), len(values))
 
 
 def welch(first: Iterable[float], second: Iterable[float]) -> tuple[float, float]:

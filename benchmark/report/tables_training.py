@@ -2,9 +2,10 @@
 
 import re
 import statistics
+from benchmark import RESULTS
 from benchmark.report import formatting as fmt
 from benchmark.report.formatting import table_with_note
-from benchmark.report.intervals import LAST, interval
+from benchmark.report.intervals import LAST, half_width, interval
 from benchmark.report.training_runs import (
     curve,
     experiments,
@@ -17,6 +18,7 @@ from benchmark.report.training_runs import (
 from collections import defaultdict
 from pathlib import Path
 
+PUBLISHED = RESULTS / "published_100k.csv"
 ABLATION_LAST = 3  # the same in short runs that are compared with each other
 
 
@@ -284,6 +286,49 @@ def screen(path: Path) -> str:
     note = (
         f"Mean return of one step in {fmt.joined_numbers(episodes)} episodes, by environment step. "
         f"{fmt.made_with(rows)}"
+    )
+    return table_with_note(table, note)
+
+
+def critic_of(row: dict) -> str:
+    """A row's method among those that are compared at the same number of updates."""
+    if row["algorithm"] == "fpmd_plus_online":
+        return "FPMD+"
+    return "SAC, same critic" if "--critic-norm batch" in row["flags"] else "SAC"
+
+
+def at_100k(path: Path) -> str:
+    """One-step returns at a number of steps, ours and below them the published ones."""
+    rows = [row for row in fmt.read(path) if row["mode"] == "one_step"]
+    steps = {row["total_timesteps"] for row in rows}
+    rows = [row for row in rows if row["global_step"] == row["total_timesteps"]]
+    published = [r for r in fmt.read(PUBLISHED) if {r["env_steps"]} == steps]
+    env_ids = dict.fromkeys(row["env"] for row in published)  # in an order of its own
+    env_ids |= dict.fromkeys(row["env_id"] for row in rows)
+    table = []
+    for method in dict.fromkeys(map(critic_of, rows)):
+        line = {"method": f"**{method}**"}
+        for env_id in env_ids:
+            own = [r for r in rows if (critic_of(r), r["env_id"]) == (method, env_id)]
+            returns = [float(row["return_mean"]) for row in own]
+            seeds = f" ({len(own)})" if own else ""
+            line[env_id] = (fmt.across_seeds(returns) if own else "-") + seeds
+        table.append(line)
+    for method in dict.fromkeys(row["method"] for row in published):
+        line = {"method": method}
+        for env_id in env_ids:
+            found = [r for r in published if (r["method"], r["env"]) == (method, env_id)]
+            line[env_id] = "-"
+            for row in found:
+                half = half_width(float(row["return_std"]), int(row["seeds"]))
+                mean = fmt.number(float(row["return_mean"]))
+                line[env_id] = f"{mean} ± {fmt.number(half)} ({row['seeds']})"
+        table.append(line)
+    at = " and ".join(f"{int(step):,}" for step in steps)
+    note = (
+        f"The evaluation at {at} steps, an update per step, or two at UTD 2. ± Student's 95% "
+        "interval of the mean; in brackets the seeds. In bold our runs, one step (SAC: the mean "
+        f"action), 10 episodes: {fmt.made_with(rows)} The others from the files of their authors."
     )
     return table_with_note(table, note)
 
