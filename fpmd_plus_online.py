@@ -89,7 +89,7 @@ class Args:
 
     # --- algorithm: see docs/fpmd_plus_online.md ---
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate of target critics and acting policy
+    tau: float = 0.005  # rate of the acting policy
     batch_size: int = 256  # transitions per update, B
     buffer_size: int = 1_000_000  # transitions the replay buffer holds
     learning_starts: int = 5_000  # random environment steps before learning
@@ -103,11 +103,9 @@ class Args:
     temperature_init: float = 0.4  # lambda at the start, in std of Q within a state
     temperature_rate: float = 0.01  # step of log lambda per unit of KL too much
     td_action: Literal["sample", "best"] = "sample"  # a' in the TD target: first or best
-    gradient_step: float = 0.0  # the last candidate climbs dQ/da by this length
     normalize_rewards: bool = True  # divide rewards by a running scale of discounted returns
     num_atoms: int = 101  # K of a return's distribution (C51), 1: its mean alone
     v_max: float = 5.0  # atoms lie in [-v_max, v_max], in which normalised returns fit
-    critic_norm: Literal["batch", "layer", "none"] = "batch"  # batch: without target networks
     critic_lr: float = 1e-3  # Adam step size of the critics
     policy_lr: float = 3e-4  # Adam step size of the policy
     hidden_dim: int = 256  # width of the hidden layers
@@ -150,23 +148,6 @@ class FirstLayer(nn.Module):
         return sum(part(x) for part, x in zip(self.parts, inputs, strict=True))
 
 
-class MLP(nn.Module):
-    """So many hidden layers, an activation after each (and a norm before it, if asked)."""
-
-    def __init__(self, input_dims, hidden_dim, out_dim, hidden=3, norm=None, act=nn.Mish):
-        super().__init__()
-        self.first = FirstLayer(*input_dims, out_dim=hidden_dim)
-        rest = []
-        for dim in [hidden_dim] * (hidden - 1) + [out_dim]:
-            if norm:
-                rest.append(norm(hidden_dim))
-            rest += [act(), linear(hidden_dim, dim, fan_in=hidden_dim)]
-        self.rest = nn.Sequential(*rest)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.rest(self.first(*inputs))
-
-
 class BatchNorm(nn.BatchNorm1d):
     """Of (..., dim): by the batch's mean and variance while it learns, else by their averages."""
 
@@ -177,7 +158,21 @@ class BatchNorm(nn.BatchNorm1d):
         return super().forward(x.flatten(0, -2)).view_as(x)
 
 
-NORMS = {"batch": BatchNorm, "layer": nn.LayerNorm, "none": None}
+class MLP(nn.Module):
+    """So many hidden layers, an activation after each (and BatchNorm before it, if asked)."""
+
+    def __init__(self, input_dims, hidden_dim, out_dim, hidden=3, norm=False, act=nn.Mish):
+        super().__init__()
+        self.first = FirstLayer(*input_dims, out_dim=hidden_dim)
+        rest = []
+        for dim in [hidden_dim] * (hidden - 1) + [out_dim]:
+            if norm:
+                rest.append(BatchNorm(hidden_dim))
+            rest += [act(), linear(hidden_dim, dim, fan_in=hidden_dim)]
+        self.rest = nn.Sequential(*rest)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.rest(self.first(*inputs))
 
 
 def time_embedding(t: Tensor) -> Tensor:
@@ -208,11 +203,9 @@ class TwinCritic(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
         sizes = (obs_dim, act_dim), args.hidden_dim, args.num_atoms, args.critic_layers
-        batch_norm = args.critic_norm == "batch"
-        self.norm_obs = BatchNorm(obs_dim) if batch_norm else nn.Identity()
-        self.norm_actions = BatchNorm(act_dim) if batch_norm else nn.Identity()
-        self.z1 = MLP(*sizes, NORMS[args.critic_norm], nn.ReLU)
-        self.z2 = MLP(*sizes, NORMS[args.critic_norm], nn.ReLU)
+        self.norm_obs, self.norm_actions = BatchNorm(obs_dim), BatchNorm(act_dim)
+        self.z1 = MLP(*sizes, norm=True, act=nn.ReLU)
+        self.z2 = MLP(*sizes, norm=True, act=nn.ReLU)
         self.register_buffer("atoms", torch.linspace(-args.v_max, args.v_max, args.num_atoms))
         self.eval()  # but in update_critic
 
@@ -267,11 +260,7 @@ class Agent(nn.Module):
         super().__init__()
         self.policy = AverageVelocityField(obs_dim, act_dim, args.hidden_dim)
         self.critic = TwinCritic(obs_dim, act_dim, args)
-        # moving averages (EMA): the policy that acts, and the target network
-        self.acting_policy = copy.deepcopy(self.policy).requires_grad_(False)
-        self.target_critic = self.critic  # with BatchNorm
-        if args.critic_norm != "batch":
-            self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.acting_policy = copy.deepcopy(self.policy).requires_grad_(False)  # moving average
         self.register_buffer("log_temperature", torch.tensor(math.log(args.temperature_init)))
         self.reward_scale = RewardScale(args)
         self.to(device)
@@ -345,24 +334,15 @@ def project(p: Tensor, values: Tensor, atoms: Tensor) -> Tensor:
     return (hats * p[:, None, :]).sum(-1)
 
 
-def logits_of_both(critic, target_critic, batch: dict, next_actions: Tensor, args: Args):
-    """Logits of Z(s, a) and, constants, of Z'(s', a'): (2, B, K) each."""
-    if args.critic_norm == "batch":  # one batch of both: the same statistics for either
-        obs = torch.cat([batch["obs"], batch["next_obs"]])
-        actions = torch.cat([batch["actions"], next_actions])
-        logits, following = critic.logits(obs, actions).chunk(2, 1)
-        return logits, following.detach()
-    logits = critic.logits(batch["obs"], batch["actions"])
-    with torch.no_grad():
-        return logits, target_critic.logits(batch["next_obs"], next_actions)
-
-
-def critic_loss(critic, target_critic, batch: dict, next_actions: Tensor, scale, args: Args):
+def critic_loss(critic, batch: dict, next_actions: Tensor, scale, args: Args):
     """Loss and Q (2, B) for a' (B, act_dim); Z' has the smaller mean, as in clipped double-Q."""
     rewards = batch["rewards"][:, None] / scale  # (B, 1)
     bootstrap = args.gamma * (1 - batch["terminations"][:, None])
-    logits, following = logits_of_both(critic, target_critic, batch, next_actions, args)
-    q = critic.mean(logits.detach())  # (2, B)
+    # one batch of both, so that BatchNorm has the same statistics for either
+    obs = torch.cat([batch["obs"], batch["next_obs"]])
+    actions = torch.cat([batch["actions"], next_actions])
+    logits, following = critic.logits(obs, actions).chunk(2, 1)  # (2, B, K) each
+    q, following = critic.mean(logits.detach()), following.detach()  # the target is a constant
     smaller = critic.mean(following).argmin(0)  # (B,)
     following = following.take_along_dim(smaller[None, :, None], 0).squeeze(0)  # (B, K)
     if args.num_atoms == 1:
@@ -389,15 +369,6 @@ def update_temperature(agent: Agent, w: Tensor, args: Args) -> Tensor:
     return kl
 
 
-def climb(critic: nn.Module, obs: Tensor, actions: Tensor, args: Args) -> Tensor:
-    """A step of fixed length (RMS of its dimensions) up dQ/da: actions (B, act_dim), clipped."""
-    with torch.enable_grad():
-        actions = actions.clamp(-1, 1).requires_grad_()
-        (slope,) = torch.autograd.grad(critic(obs, actions).amin(0).sum(), actions)
-    size = slope.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-9)
-    return (actions.detach() + args.gradient_step * slope / size).clamp(-1, 1)
-
-
 def policy_loss(policy, obs, z: Tensor, targets: Tensor, noise, r, t, args: Args) -> Tensor:
     """Squared error of the one-step action from z to targets (B, act_dim); or FPMD-M's loss."""
     if args.imitation == "regression":
@@ -419,7 +390,7 @@ def update_critic(agent: Agent, batch: dict, next_actions, args: Args, loss_fn) 
     """Adam step of the critics; loss_fn is critic_loss, or that compiled."""
     scale = agent.reward_scale.scale
     agent.critic.train()
-    loss, q = loss_fn(agent.critic, agent.target_critic, batch, next_actions, scale, args)
+    loss, q = loss_fn(agent.critic, batch, next_actions, scale, args)
     agent.critic.eval()
     agent.optimizers["critic"].zero_grad()
     loss.backward()
@@ -454,8 +425,6 @@ def update(agent, batch: dict, args: Args, rng, _improve_policy=True, losses=Non
         # ranking needs Q to more than bfloat16's three digits
         with torch.autocast(rng.device.type, torch.bfloat16, args.precision == "bfloat16"):
             candidates, own, z = propose(agent.policy, obs, args.noise_scale, args, rng)
-        if args.gradient_step:
-            candidates[-1] = climb(agent.critic, obs, own.expand_as(candidates)[-1], args)
         best, scores = select_action(agent.critic, obs, candidates)
         w = candidate_weights(agent, scores, args)
         metrics = {"policy/flow_spread": latent_spread(agent.policy, obs, own, args, rng)}
@@ -464,8 +433,6 @@ def update(agent, batch: dict, args: Args, rng, _improve_policy=True, losses=Non
     metrics |= update_policy(agent, obs, z, candidates, w, args, rng, losses[1])
     metrics["policy/kl"] = update_temperature(agent, w, args)
     move_towards(agent.acting_policy, agent.policy, args.tau)
-    if args.critic_norm != "batch":
-        move_towards(agent.target_critic, agent.critic, args.tau)
     metrics["policy/candidate_spread"] = candidates.std(0, correction=0).mean()
     metrics["policy/ess"] = (1 / (len(w) * w.square().sum(0))).mean()
     metrics["policy/temperature"] = agent.log_temperature.exp()
@@ -1493,7 +1460,7 @@ MODES = {"one_step": act_one_step, "best_of_n": act_best_of_n}  # of evaluation
 DEPLOYED = "one_step"
 ALGORITHM = __doc__.partition(":")[0]  # of whom a file is, whatever the script is called
 MAY_BE_ZERO = {"seed", "eval_every", "checkpoint_every", "torch_threads", "noise_scale"}
-MAY_BE_ZERO |= {"gradient_step", "temperature_rate"}
+MAY_BE_ZERO |= {"temperature_rate"}
 AT_MOST = {"gamma": 1, "tau": 1, "temperature_rate": 1, "temperature_init": 1_000}
 AT_MOST |= {"seed": 2**32 - 1, "num_envs": 10_000, "eval_episodes": 10_000}
 AT_MOST |= {"utd": 1_000, "torch_threads": 1_024}
@@ -1522,7 +1489,7 @@ def own_rules(args: Args) -> list[tuple[bool, str]]:
     several = args.num_candidates > 1
     kl_limit = math.log(max(args.num_candidates, 1))  # of one candidate from all N
     steered = args.weights == "softmax" and args.temperature_rate > 0
-    choice = args.noise_scale + args.gradient_step > 0 or args.imitation == "meanflow"
+    choice = args.noise_scale > 0 or args.imitation == "meanflow"
     scaled = args.num_atoms > 1 or args.normalize_rewards
     usual = {name: getattr(args, name) == getattr(Args, name) for name in ("target_kl", "v_max")}
     reach = f"--target-kl must be below the log of --num-candidates, {kl_limit:.2f}"
@@ -1533,7 +1500,6 @@ def own_rules(args: Args) -> list[tuple[bool, str]]:
         (args.temperature_init >= 1e-3, "--temperature-init must be at least 0.001"),
         (choice, "--noise-scale 0 leaves --imitation regression nothing to choose from"),
         (several or args.td_action == "sample", "--td-action best needs --num-candidates 2"),
-        (several or args.gradient_step == 0, "--gradient-step needs --num-candidates 2"),
         (scaled or usual["v_max"], "--v-max does nothing without --num-atoms above 1"),
         (args.num_envs <= args.total_timesteps, f"--num-envs {no_more} --total-timesteps"),
         (args.num_envs <= args.buffer_size, f"--num-envs {no_more} --buffer-size"),
@@ -1833,7 +1799,7 @@ def accelerate(
             if isinstance(child, nn.Mish):
                 setattr(module, name, FastMish())
     try:
-        for network in agent.policy, agent.critic, agent.target_critic:
+        for network in agent.policy, agent.critic:
             network.compile(dynamic=False)
         losses = [torch.compile(f, dynamic=False) for f in (critic_loss, policy_loss)]
         fast = partial(improve, losses=losses)

@@ -25,7 +25,7 @@ The defaults match fpmd_online.py's networks, critics and budget; CleanRL's sett
 with the critic of fpmd_plus_online.py:
 
     python baselines/sac_online.py --num-envs 1 --learning-starts 5000 --utd 1 --reward-scale 1 \
-        --normalize-rewards --num-atoms 101 --critic-norm batch --critic-lr 1e-3 --critic-steps 1 \
+        --normalize-rewards --num-atoms 101 --critic-batch-norm --critic-lr 1e-3 --critic-steps 1 \
         --hidden-layers 2 --activation relu --log-std-range -5 2 --alpha-init 0.1
 
 Four parts: 1 METHOD, 2 TRAINING, 3 PLUMBING, 4 SPEED. Stop after part 2, and you have read
@@ -110,7 +110,7 @@ class Args:
     normalize_rewards: bool = False  # and divided by a running scale of discounted returns
     num_atoms: int = 1  # K of a return's distribution (C51), 1: its mean alone, squared error
     v_max: float = 5.0  # atoms lie in [-v_max, v_max], in which normalised returns fit
-    critic_norm: Literal["batch", "layer", "none"] = "none"  # batch: without target networks
+    critic_batch_norm: bool = False  # BatchNorm in the critics, and no target networks (CrossQ)
     tanh_correction: bool = True  # log pi is the action's, or that of u, as FPMD's authors do
     log_std_range: tuple[float, float] = (-20.0, 0.5)  # log std is clipped to this
     critic_lr: float = 3e-4  # Adam step size of the critics
@@ -152,13 +152,10 @@ class BatchNorm(nn.BatchNorm1d):
         return super().forward(x.flatten(0, -2)).view_as(x)
 
 
-NORMS = {"batch": BatchNorm, "layer": nn.LayerNorm, "none": None}
-
-
 class MLP(nn.Sequential):
-    """Linear layers, an activation after every hidden one (and a norm before it, if asked)."""
+    """Linear layers, an activation after every hidden one (and BatchNorm before, if asked)."""
 
-    def __init__(self, in_dim: int, out_dim: int, args: Args, norm: Callable | None = None):
+    def __init__(self, in_dim: int, out_dim: int, args: Args, norm: bool = False):
         activation = {"mish": nn.Mish, "gelu": nn.GELU, "relu": nn.ReLU}[args.activation]
         hidden = []
         dim = in_dim
@@ -166,7 +163,7 @@ class MLP(nn.Sequential):
             hidden.append(linear(dim, args.hidden_dim, fan_in=dim))
             dim = args.hidden_dim
             if norm:
-                hidden.append(norm(dim))
+                hidden.append(BatchNorm(dim))
             hidden.append(activation())
         super().__init__(*hidden, linear(dim, out_dim, fan_in=dim))
 
@@ -191,9 +188,8 @@ class TwinCritic(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        sizes = obs_dim + act_dim, args.num_atoms, args, NORMS[args.critic_norm]
-        batch_norm = args.critic_norm == "batch"
-        self.norm = BatchNorm(obs_dim + act_dim) if batch_norm else nn.Identity()
+        sizes = obs_dim + act_dim, args.num_atoms, args, args.critic_batch_norm
+        self.norm = BatchNorm(obs_dim + act_dim) if args.critic_batch_norm else nn.Identity()
         self.q1 = MLP(*sizes)
         self.q2 = MLP(*sizes)
         self.register_buffer("atoms", torch.linspace(-args.v_max, args.v_max, args.num_atoms))
@@ -253,8 +249,8 @@ class Agent(nn.Module):
         self.policy = GaussianPolicy(obs_dim, act_dim, args)
         self.critic = TwinCritic(obs_dim, act_dim, args)
         self.acting_policy = self.policy  # no moving average: what learns is also what acts
-        self.target_critic = self.critic  # with BatchNorm
-        if args.critic_norm != "batch":
+        self.target_critic = self.critic  # BatchNorm in its place
+        if not args.critic_batch_norm:
             self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha_init)))
         self.reward_scale = RewardScale(args)
@@ -322,7 +318,7 @@ def project(p: Tensor, values: Tensor, atoms: Tensor) -> Tensor:
 
 def logits_of_both(critic, target_critic, batch: dict, next_actions: Tensor, args: Args):
     """Logits of Z(s, a) and, constants, of Z'(s', a'): (2, B, K) each."""
-    if args.critic_norm == "batch":  # one batch of both: the same statistics for either
+    if args.critic_batch_norm:  # one batch of both, which has the same statistics for either
         obs = torch.cat([batch["obs"], batch["next_obs"]])
         actions = torch.cat([batch["actions"], next_actions])
         logits, following = critic.logits(obs, actions).chunk(2, 1)
@@ -415,7 +411,7 @@ def update(agent, batch: dict, args: Args, rng, _improve_policy=True, losses=Non
     metrics = update_critic(agent, batch, actions, -alpha * log_probs, args, losses[0])
     metrics |= update_policy(agent, obs, e, alpha, args, losses[1])
     update_alpha(agent, metrics["policy/entropy"], args)
-    if args.critic_norm != "batch":
+    if not args.critic_batch_norm:
         move_towards(agent.target_critic, agent.critic, args.tau)
     return metrics | {"policy/alpha": alpha}
 

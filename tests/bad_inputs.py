@@ -32,7 +32,7 @@ PROGRAMS["launch"] = ROOT / "benchmark" / "launch" / "launch.py"
 ZERO_IS_FINE = {"seed", "eval_every", "checkpoint_every", "torch_threads", "noise_scale"}
 ZERO_IS_FINE |= {"policy_lr_decay", "ivc_coef", "p_instant", "offline_steps", "log_std_range"}
 ZERO_IS_FINE |= {"lr_warmup", "alpha", "time_steps", "adaptive_power", "bound_coef"}
-ZERO_IS_FINE |= {"max_grad_norm", "gradient_step", "temperature_rate"}
+ZERO_IS_FINE |= {"max_grad_norm", "temperature_rate"}
 ANY_SIGN = {"log_std_range"}
 SHARES = {"gamma", "tau", "q_stats_rate", "p_instant", "temperature_rate"}  # at most 1
 MUST_RISE = {"policy_lr_decay", "log_std_range"}
@@ -259,7 +259,6 @@ def string_cases(name: str) -> Iterator[Case]:
             ("two atoms", ["--num-atoms", "2"], ["--num-atoms"]),
             ("atoms without effect", mean, ["--v-max"]),
             ("the best of one", [*alone, "--td-action", "best"], ["--td-action"]),
-            ("one that climbs", [*alone, "--gradient-step", "1"], ["--gradient-step"]),
             ("candidates all alike", ["--noise-scale", "0"], ["--noise-scale"]),
         ]
     devices = "tpu9", "cuda:7", "cuda", "hpu", "meta", "mps", "xpu", "cpu:banana", "cuda:-1", "CPU"

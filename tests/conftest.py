@@ -115,7 +115,8 @@ OWN_TEXT_ONLY |= {"test_files_of_runs_are_refused_in_one_line"}
 LIKE_OTHERS = {"fpmd_meanflow_online", "dpmd_online", "mvp_offline_to_online"}
 ALWAYS_SLOW = {"test_time_limit_is_no_termination", "test_reward_depends_on_both"}
 ALWAYS_SLOW |= {"test_reward_depends_on_observation", "test_ray_survives_the_same_kills"}
-ALWAYS_SLOW |= {"test_end_to_end_on_real_physics"}
+ALWAYS_SLOW |= {"test_end_to_end_on_real_physics", "test_a_moving_square_is_followed"}
+ALWAYS_SLOW |= {"test_asynchronous_envs_are_the_same_run"}
 
 
 # a shell's background job ignores Ctrl-C, and so would the programs under test

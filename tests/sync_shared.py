@@ -91,7 +91,7 @@ SHARED = [
     (MVP, ["act_explore", "MODES", "DEPLOYED", "cost_of"]),
     ([*MVP, PLUS], ["prepare_update"]),
     (MVP, ["update_critic"]),
-    ([PLUS, "sac_online"], ["BatchNorm", "NORMS", "logits_of_both", "RewardScale", "project"]),
+    ([PLUS, "sac_online"], ["BatchNorm", "RewardScale", "project"]),
 ]
 
 # blocks that a script legitimately lacks or has otherwise, and why

@@ -200,7 +200,7 @@ def test_sac_critic_loss_against_numpy():
 def test_sac_distributional_loss_against_a_loop():
     """Atoms moved by reward and bonus, shared by their neighbours; the smaller mean's critic."""
     changes = {"gamma": 0.9, "reward_scale": 0.7, "num_atoms": 11, "v_max": 2.0}
-    agent, args = make_agent(sac, **changes, critic_norm="layer")
+    agent, args = make_agent(sac, **changes)
     randomise(agent.critic, 1)
     randomise(agent.target_critic, 2)
     batch, next_actions = make_batch(), torch.rand(BATCH, ACT, generator=rng()) * 2 - 1
@@ -230,7 +230,7 @@ def test_sac_distributional_loss_against_a_loop():
 
 def test_sac_with_batch_norm_needs_no_target_critics():
     """Its averages move in the critics' step alone, by (s, a) and (s', a') as one batch."""
-    agent, args = make_agent(sac, num_atoms=11, critic_norm="batch")
+    agent, args = make_agent(sac, num_atoms=11, critic_batch_norm=True)
     assert agent.target_critic is agent.critic
     batch = make_batch()
     _, next_e = torch.randn((2, BATCH, ACT), generator=rng())

@@ -160,7 +160,6 @@ SCALED = [name for name in SCRIPTS if name != "fpmd_plus_online"]  # have a --re
 STEERS = ["target-kl 0.5", "temperature-init 0.5", "temperature-rate 0.5"]
 REFUSED_BY_PLUS = [
     ("--policy-lr 0", "--policy-lr 0.0 must be above 0 and at most"),
-    ("--gradient-step -1", "--gradient-step -1.0 must be 0 or more"),
     ("--num-atoms 0", "--num-atoms 0 must be above 0"),
     ("--num-atoms 2", "--num-atoms 2 is too few"),
     ("--num-atoms 1000000", "--num-atoms 1000000 needs about"),
@@ -175,13 +174,10 @@ REFUSED_BY_PLUS = [
     *[(f"--weights best --target-kl 1 --{x}", "unless --weights is softmax") for x in STEERS],
     ("--noise-scale 0", "--noise-scale 0 leaves --imitation regression nothing"),
     ("--num-candidates 1", "--target-kl must be below the log of --num-candidates, 0.00"),
-    *[
-        (
-            f"--num-candidates 1 --weights best --target-kl 1 {more}",
-            " needs --num-candidates 2",
-        )
-        for more in ("--td-action best", "--gradient-step 0.1")
-    ],
+    (
+        "--num-candidates 1 --weights best --target-kl 1 --td-action best",
+        "--td-action best needs --num-candidates 2",
+    ),
     ("--num-atoms 1 --no-normalize-rewards --v-max 6", "--v-max does nothing"),
 ]
 

@@ -384,7 +384,7 @@ def test_returns_at_the_published_number_of_steps(copy):
     known = {"device": "a CPU", "threads": 1, "torch": "2.13.0", "commit": "0" * 40}
     known |= {"total_timesteps": 100_000, "env_id": "HalfCheetah-v4", "mode": "one_step"}
     sac = {"algorithm": "sac_online", "flags": "--utd 1.0"}
-    same = sac | {"flags": "--critic-norm batch --utd 1.0"}
+    same = sac | {"flags": "--critic-batch-norm --utd 1.0"}
     plus = {"algorithm": "fpmd_plus_online", "flags": ""}
     runs = (plus, 1, 7000), (plus, 2, 8000), (same, 1, 6000), (sac, 1, 5000)
     rows = [

@@ -294,7 +294,7 @@ def critic_of(row: dict) -> str:
     """A row's method among those that are compared at the same number of updates."""
     if row["algorithm"] == "fpmd_plus_online":
         return "FPMD+"
-    return "SAC, same critic" if "--critic-norm batch" in row["flags"] else "SAC"
+    return "SAC, same critic" if "--critic-batch-norm" in row["flags"] else "SAC"
 
 
 def at_100k(path: Path) -> str:
