@@ -136,11 +136,11 @@ def linear(in_dim: int, out_dim: int, fan_in: int, bias: bool = True) -> nn.Line
 class FirstLayer(nn.Module):
     """A linear layer on concatenated inputs: a sum of one linear map per input."""
 
-    def __init__(self, *input_dims: int, out_dim: int):
+    def __init__(self, *input_dims: int, out_dim: int, bias: bool = True):
         super().__init__()
         last = len(input_dims) - 1  # one bias is enough
         self.parts = nn.ModuleList(
-            linear(dim, out_dim, fan_in=sum(input_dims), bias=i == last)
+            linear(dim, out_dim, fan_in=sum(input_dims), bias=bias and i == last)
             for i, dim in enumerate(input_dims)
         )
 
@@ -151,8 +151,8 @@ class FirstLayer(nn.Module):
 class BatchNorm(nn.BatchNorm1d):
     """Of (..., dim): by the batch's mean and variance while it learns, else by their averages."""
 
-    def __init__(self, dim: int):
-        super().__init__(dim, momentum=0.01)
+    def __init__(self, dim: int, affine: bool = True):
+        super().__init__(dim, momentum=0.01, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(0, -2)).view_as(x)
@@ -163,12 +163,15 @@ class MLP(nn.Module):
 
     def __init__(self, input_dims, hidden_dim, out_dim, hidden=3, norm=False, act=nn.Mish):
         super().__init__()
-        self.first = FirstLayer(*input_dims, out_dim=hidden_dim)
+        # a bias before BatchNorm would do nothing
+        self.first = FirstLayer(*input_dims, out_dim=hidden_dim, bias=not norm)
         rest = []
-        for dim in [hidden_dim] * (hidden - 1) + [out_dim]:
+        for i in range(hidden):
+            last = i == hidden - 1
             if norm:
                 rest.append(BatchNorm(hidden_dim))
-            rest += [act(), linear(hidden_dim, dim, fan_in=hidden_dim)]
+            dim = out_dim if last else hidden_dim
+            rest += [act(), linear(hidden_dim, dim, fan_in=hidden_dim, bias=last or not norm)]
         self.rest = nn.Sequential(*rest)
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -203,7 +206,8 @@ class TwinCritic(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
         sizes = (obs_dim, act_dim), args.hidden_dim, args.num_atoms, args.critic_layers
-        self.norm_obs, self.norm_actions = BatchNorm(obs_dim), BatchNorm(act_dim)
+        self.norm_obs = BatchNorm(obs_dim, affine=False)
+        self.norm_actions = BatchNorm(act_dim, affine=False)
         self.z1 = MLP(*sizes, norm=True, act=nn.ReLU)
         self.z2 = MLP(*sizes, norm=True, act=nn.ReLU)
         self.register_buffer("atoms", torch.linspace(-args.v_max, args.v_max, args.num_atoms))

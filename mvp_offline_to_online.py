@@ -133,11 +133,11 @@ def linear(in_dim: int, out_dim: int, fan_in: int, bias: bool = True) -> nn.Line
 class FirstLayer(nn.Module):
     """A linear layer on concatenated inputs: a sum of one linear map per input."""
 
-    def __init__(self, *input_dims: int, out_dim: int):
+    def __init__(self, *input_dims: int, out_dim: int, bias: bool = True):
         super().__init__()
         last = len(input_dims) - 1  # one bias is enough
         self.parts = nn.ModuleList(
-            linear(dim, out_dim, fan_in=sum(input_dims), bias=i == last)
+            linear(dim, out_dim, fan_in=sum(input_dims), bias=bias and i == last)
             for i, dim in enumerate(input_dims)
         )
 

@@ -145,8 +145,8 @@ def linear(in_dim: int, out_dim: int, fan_in: int, bias: bool = True) -> nn.Line
 class BatchNorm(nn.BatchNorm1d):
     """Of (..., dim): by the batch's mean and variance while it learns, else by their averages."""
 
-    def __init__(self, dim: int):
-        super().__init__(dim, momentum=0.01)
+    def __init__(self, dim: int, affine: bool = True):
+        super().__init__(dim, momentum=0.01, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(0, -2)).view_as(x)
@@ -160,7 +160,7 @@ class MLP(nn.Sequential):
         hidden = []
         dim = in_dim
         for _ in range(args.hidden_layers):
-            hidden.append(linear(dim, args.hidden_dim, fan_in=dim))
+            hidden.append(linear(dim, args.hidden_dim, fan_in=dim, bias=not norm))
             dim = args.hidden_dim
             if norm:
                 hidden.append(BatchNorm(dim))
@@ -189,7 +189,9 @@ class TwinCritic(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
         sizes = obs_dim + act_dim, args.num_atoms, args, args.critic_batch_norm
-        self.norm = BatchNorm(obs_dim + act_dim) if args.critic_batch_norm else nn.Identity()
+        self.norm = nn.Identity()
+        if args.critic_batch_norm:
+            self.norm = BatchNorm(obs_dim + act_dim, affine=False)
         self.q1 = MLP(*sizes)
         self.q2 = MLP(*sizes)
         self.register_buffer("atoms", torch.linspace(-args.v_max, args.v_max, args.num_atoms))

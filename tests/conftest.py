@@ -370,8 +370,11 @@ def numpy_batch_norm(module, x):
     mean, var = x.mean(0), x.var(0)
     if not module.training:
         mean, var = (v.double().numpy() for v in (module.running_mean, module.running_var))
+    x = (x - mean) / np.sqrt(var + module.eps)
+    if not module.affine:
+        return x
     weight, bias = (p.detach().double().numpy() for p in module.parameters())
-    return (x - mean) / np.sqrt(var + module.eps) * weight + bias
+    return x * weight + bias
 
 
 def numpy_mlp(net, x):
@@ -380,12 +383,13 @@ def numpy_mlp(net, x):
     x are all inputs side by side, in the order of the first layer's parts.
     """
     first, *rest = layers(net)
-    (bias,) = (p.detach().double().numpy() for p in first.parameters() if p.ndim == 1)
-    x = x @ first_weight(net).double().numpy().T + bias
+    x = x @ first_weight(net).double().numpy().T
+    for bias in (p.detach().double().numpy() for p in first.parameters() if p.ndim == 1):
+        x = x + bias
     for module in rest:
         weights = [p.detach().double().numpy() for p in module.parameters()]
         if isinstance(module, nn.Linear):
-            x = x @ weights[0].T + weights[1]
+            x = x @ weights[0].T + sum(weights[1:])
         elif isinstance(module, nn.LayerNorm):
             x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + module.eps)
             x = x * weights[0] + weights[1]
