@@ -151,19 +151,19 @@ class FirstLayer(nn.Module):
 class BatchNorm(nn.BatchNorm1d):
     """Of (..., dim): by the batch's mean and variance while it learns, else by their averages."""
 
-    def __init__(self, dim: int, affine: bool = True):
-        super().__init__(dim, momentum=0.01, affine=affine)
+    def __init__(self, dim: int, bias: bool = True):
+        super().__init__(dim, momentum=0.01)
+        self.bias = self.bias if bias else None  # where it would do nothing
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(0, -2)).view_as(x)
 
 
 class MLP(nn.Module):
-    """So many hidden layers, an activation after each (and BatchNorm before it, if asked)."""
+    """So many hidden layers, an activation after each; with norm, BatchNorm for biases before."""
 
     def __init__(self, input_dims, hidden_dim, out_dim, hidden=3, norm=False, act=nn.Mish):
         super().__init__()
-        # a bias before BatchNorm would do nothing
         self.first = FirstLayer(*input_dims, out_dim=hidden_dim, bias=not norm)
         rest = []
         for i in range(hidden):
@@ -206,8 +206,8 @@ class TwinCritic(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
         sizes = (obs_dim, act_dim), args.hidden_dim, args.num_atoms, args.critic_layers
-        self.norm_obs = BatchNorm(obs_dim, affine=False)
-        self.norm_actions = BatchNorm(act_dim, affine=False)
+        self.norm_obs = BatchNorm(obs_dim, bias=False)
+        self.norm_actions = BatchNorm(act_dim, bias=False)
         self.z1 = MLP(*sizes, norm=True, act=nn.ReLU)
         self.z2 = MLP(*sizes, norm=True, act=nn.ReLU)
         self.register_buffer("atoms", torch.linspace(-args.v_max, args.v_max, args.num_atoms))

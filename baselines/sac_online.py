@@ -145,8 +145,9 @@ def linear(in_dim: int, out_dim: int, fan_in: int, bias: bool = True) -> nn.Line
 class BatchNorm(nn.BatchNorm1d):
     """Of (..., dim): by the batch's mean and variance while it learns, else by their averages."""
 
-    def __init__(self, dim: int, affine: bool = True):
-        super().__init__(dim, momentum=0.01, affine=affine)
+    def __init__(self, dim: int, bias: bool = True):
+        super().__init__(dim, momentum=0.01)
+        self.bias = self.bias if bias else None  # where it would do nothing
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(0, -2)).view_as(x)
@@ -191,7 +192,7 @@ class TwinCritic(nn.Module):
         sizes = obs_dim + act_dim, args.num_atoms, args, args.critic_batch_norm
         self.norm = nn.Identity()
         if args.critic_batch_norm:
-            self.norm = BatchNorm(obs_dim + act_dim, affine=False)
+            self.norm = BatchNorm(obs_dim + act_dim, bias=False)
         self.q1 = MLP(*sizes)
         self.q2 = MLP(*sizes)
         self.register_buffer("atoms", torch.linspace(-args.v_max, args.v_max, args.num_atoms))

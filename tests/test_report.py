@@ -358,23 +358,25 @@ def test_alphas_are_told_on_one_scale(copy):
 
 
 def test_a_screen_shows_runs_as_they_went(copy):
-    """A run that ended early has no later cells."""
-    known = {"seed": 1, "device": "a CPU", "threads": 1, "torch": "2.13.0", "commit": "0" * 40}
+    """A run that ended early has no later cells; the same setting of another commit is another."""
+    known = {"env_id": "Ant-v4", "device": "a CPU", "threads": 1, "torch": "2.13.0"}
     rows = [
         known
-        | {"env_id": env, "flags": flags, "mode": mode, "global_step": step}
-        | {"return_mean": value, "returns": "1 2 3"}
-        for env, flags, step, value in (
-            ("Ant-v4", "", 5000, 10.04),
-            ("Ant-v4", "", 10_000, 1234.4),
-            ("Ant-v4", "--num-atoms 1", 5000, -3.0),
+        | {"seed": 1, "setting": setting, "commit": commit * 40, "mode": mode}
+        | {"global_step": step, "return_mean": value, "returns": "1 2 3"}
+        for setting, commit, step, value in (
+            ("default", "0", 5000, 10.04),
+            ("default", "0", 10_000, 1234.4),
+            ("default", "1", 5000, 20.0),
+            ("means", "0", 5000, -3.0),
         )
         for mode in ("one_step", "best_of_n")
     ]
     table, text = tabled(copy, "recipe-screen", "recipe_screen.csv", rows)
-    assert [(line["flags"], line["5k"], line["10k"]) for line in table] == [
-        ("the default", "10.0", "1,234"),
-        ("`--num-atoms 1`", "-3.0", "-"),
+    assert [(line["setting"], line["5k"], line["10k"], line["commit"]) for line in table] == [
+        ("default", "10.0", "1,234", "`0000000`"),
+        ("default", "20.0", "-", "`1111111`"),
+        ("means", "-3.0", "-", "`0000000`"),
     ]
     assert "in 3 episodes" in text
 

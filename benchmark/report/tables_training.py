@@ -275,13 +275,15 @@ def screen(path: Path) -> str:
     """One-step returns of short runs as they went, a row per task and setting."""
     rows = [row for row in fmt.read(path) if row["mode"] == "one_step"]
     steps = sorted({int(row["global_step"]) for row in rows})
+    runs = defaultdict(list)
+    for row in rows:
+        runs[row["env_id"], row["setting"], row["commit"], row["seed"]].append(row)
     table = []
-    for env_id, flags, seed in dict.fromkeys((r["env_id"], r["flags"], r["seed"]) for r in rows):
-        own = [r for r in rows if (r["env_id"], r["flags"], r["seed"]) == (env_id, flags, seed)]
+    for (env_id, setting, commit, seed), own in runs.items():
         returns = {int(row["global_step"]): float(row["return_mean"]) for row in own}
-        line = {"task": env_id, "flags": f"`{flags}`" if flags else "the default", "seed": seed}
+        line = {"task": env_id, "setting": setting, "seed": seed}
         line |= {f"{s / 1000:g}k": fmt.number(returns[s]) if s in returns else "-" for s in steps}
-        table.append(line)
+        table.append(line | {"commit": f"`{commit[:7]}`"})
     episodes = {len(row["returns"].split()) for row in rows}
     note = (
         f"Mean return of one step in {fmt.joined_numbers(episodes)} episodes, by environment step. "
