@@ -1490,7 +1490,6 @@ def own_rules(args: Args) -> list[tuple[bool, str]]:
     """What else must hold, and the line to say where it does not."""
     no_more = "must be at most"
     updates = args.utd * (args.total_timesteps - args.learning_starts)
-    several = args.num_candidates > 1
     kl_limit = math.log(max(args.num_candidates, 1))  # of one candidate from all N
     steered = args.weights == "softmax" and args.temperature_rate > 0
     choice = args.noise_scale > 0 or args.imitation == "meanflow"
@@ -1503,7 +1502,10 @@ def own_rules(args: Args) -> list[tuple[bool, str]]:
         (steered or usual["target_kl"], "--target-kl does nothing with --temperature-rate 0"),
         (args.temperature_init >= 1e-3, "--temperature-init must be at least 0.001"),
         (choice, "--noise-scale 0 leaves --imitation regression nothing to choose from"),
-        (several or args.td_action == "sample", "--td-action best needs --num-candidates 2"),
+        (
+            args.num_candidates > 1 or args.td_action == "sample",
+            "--td-action best needs --num-candidates 2",
+        ),
         (scaled or usual["v_max"], "--v-max does nothing without --num-atoms above 1"),
         (args.num_envs <= args.total_timesteps, f"--num-envs {no_more} --total-timesteps"),
         (args.num_envs <= args.buffer_size, f"--num-envs {no_more} --buffer-size"),

@@ -31,6 +31,23 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def saved(script, folder, env, agent, args, more):
+    """A policy.pt of that agent; returns its path."""
+    content = {
+        "algorithm": script.ALGORITHM,
+        "script": f"{script.__name__}.py",
+        "commit": "0123456",
+        "policy": agent.acting_policy.state_dict(),
+        "args": vars(args),
+        "act_dim": env.action_space.shape[0],
+        "action_bounds": torch.from_numpy(env.action_bounds),
+        "global_step": 321,
+    }
+    path = folder / "policy.pt"
+    torch.save(content | more, path)
+    return path
+
+
 def policy_file(name, folder, env_id=BOUNDED, **changes):
     """A policy.pt as the script writes it, with weights that matter; its content may be changed.
 
@@ -49,20 +66,7 @@ def policy_file(name, folder, env_id=BOUNDED, **changes):
     for key, value in policy.named_buffers():
         if key.startswith("normalise"):
             value.copy_(torch.tensor([1.5, 0.5]))  # mean and std alike
-    content = {
-        "algorithm": script.ALGORITHM,
-        "script": f"{name}.py",
-        "commit": "0123456",
-        "policy": policy.state_dict(),
-        "args": vars(args),
-        "obs_dim": sizes[0],
-        "act_dim": sizes[1],
-        "action_bounds": torch.from_numpy(env.action_bounds),
-        "global_step": 321,
-    }
-    path = folder / "policy.pt"
-    torch.save(content | changes, path)
-    return path
+    return saved(script, folder, env, agent, args, {"obs_dim": sizes[0]} | changes)
 
 
 def policy_of_frames(name, folder, **changes):
@@ -76,21 +80,8 @@ def policy_of_frames(name, folder, **changes):
     randomise(agent.encoder, seed=1)
     randomise(agent.acting_policy, seed=2)
     agent.acting_policy.net.rest[-1].weight.data *= 0.3
-    content = {
-        "algorithm": script.ALGORITHM,
-        "script": f"{name}.py",
-        "commit": "0123456",
-        "encoder": agent.encoder.state_dict(),
-        "policy": agent.acting_policy.state_dict(),
-        "args": vars(args),
-        "obs_shape": shape,
-        "act_dim": 4,
-        "action_bounds": torch.from_numpy(env.action_bounds),
-        "global_step": 321,
-    }
-    path = folder / "policy.pt"
-    torch.save(content | changes, path)
-    return path
+    own = {"encoder": agent.encoder.state_dict(), "obs_shape": shape}
+    return saved(script, folder, env, agent, args, own | changes)
 
 
 # ---------------------------------------------------------------------------- README

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import conftest
 import numpy as np
 import pixel_envs
 import pytest
@@ -16,10 +17,12 @@ import torch
 from conftest import (
     FILES,
     PIXELS,
+    SEEN,
     as_flags,
     count,
     equal,
     images_batch,
+    load,
     one_update,
     rng,
     spy,
@@ -28,26 +31,9 @@ from conftest import (
 from test_contract import commands
 from test_resume import differences, rows
 
-SMALL = {
-    "image_size": 24,
-    "action_repeat": 1,
-    "total_timesteps": 400,
-    "learning_starts": 100,
-    "num_envs": 2,
-    "batch_size": 16,
-    "buffer_size": 10_000,
-    "num_candidates": 2,
-    "hidden_dim": 16,
-    "encoder_channels": 4,
-    "feature_dim": 8,
-    "log_every": 100,
-    "eval_every": 0,
-    "utd": 0.1,
-    "compile": False,
-    "torch_threads": 1,
-    "device": "cpu",
-    "async_envs": False,
-}
+# the sizes of all tests, but for flags that one of the two does not have or that are its method
+SMALL = conftest.SMALL | SEEN | {"utd": 0.1}
+SMALL = {name: value for name, value in SMALL.items() if name not in ("flow_steps", "target_kl")}
 SHAPE = (3, 24, 24, 3)  # of an observation: frames, height, width, colours
 CPU = torch.device("cpu")
 
@@ -63,10 +49,6 @@ def run(script, tmp_path, monkeypatch):
     """run(env_id=..., ...) trains at SMALL size in an empty folder; returns the run directory."""
     monkeypatch.chdir(tmp_path)
     return lambda **changes: script.main(script.Args(**(SMALL | changes)))
-
-
-def load(run_dir, name="checkpoint.pt"):
-    return torch.load(run_dir / name, weights_only=True)
 
 
 def make_agent(script, act_dim=2, **changes):

@@ -212,9 +212,10 @@ def read(source: Path, script: Path | None = None) -> Trained:
         sizes = saved.get("obs_shape", saved.get("obs_dim")), saved["act_dim"]
         module.refuse_too_large(args, *sizes, CPU)
         agent = module.Agent(*sizes, args, CPU)
-        ours = {name: network.state_dict() for name, network in networks(agent).items()}
+        acting = networks(agent)
+        ours = {name: network.state_dict() for name, network in acting.items()}
         module.refuse_unlike(saved, saved | ours | {"global_step": 0})
-        for name, network in networks(agent).items():
+        for name, network in acting.items():
             network.load_state_dict(saved[name])
         return Trained(module, args, agent, saved, actor(module, agent, args))
     except Exception as error:

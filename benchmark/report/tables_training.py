@@ -292,11 +292,11 @@ def screen(path: Path) -> str:
     return table_with_note(table, note)
 
 
-def critic_of(row: dict) -> str:
-    """A row's method among those that are compared at the same number of updates."""
+def method_of(row: dict) -> str:
+    """A run's method among those that are compared at the same number of updates."""
     if row["algorithm"] == "fpmd_plus_online":
-        return "FPMD+"
-    return "SAC, same critic" if "--critic-batch-norm" in row["flags"] else "SAC"
+        return "**FPMD+**"
+    return "**SAC, same critic**" if "--critic-batch-norm" in row["flags"] else "**SAC**"
 
 
 def at_100k(path: Path) -> str:
@@ -304,28 +304,22 @@ def at_100k(path: Path) -> str:
     rows = [row for row in fmt.read(path) if row["mode"] == "one_step"]
     steps = {row["total_timesteps"] for row in rows}
     rows = [row for row in rows if row["global_step"] == row["total_timesteps"]]
-    published = [r for r in fmt.read(PUBLISHED) if {r["env_steps"]} == steps]
-    env_ids = dict.fromkeys(row["env"] for row in published)  # in an order of its own
-    env_ids |= dict.fromkeys(row["env_id"] for row in rows)
-    table = []
-    for method in dict.fromkeys(map(critic_of, rows)):
-        line = {"method": f"**{method}**"}
-        for env_id in env_ids:
-            own = [r for r in rows if (critic_of(r), r["env_id"]) == (method, env_id)]
-            returns = [float(row["return_mean"]) for row in own]
-            seeds = f" ({len(own)})" if own else ""
-            line[env_id] = (fmt.across_seeds(returns) if own else "-") + seeds
-        table.append(line)
-    for method in dict.fromkeys(row["method"] for row in published):
-        line = {"method": method}
-        for env_id in env_ids:
-            found = [r for r in published if (r["method"], r["env"]) == (method, env_id)]
-            line[env_id] = "-"
-            for row in found:
-                half = half_width(float(row["return_std"]), int(row["seeds"]))
-                mean = fmt.number(float(row["return_mean"]))
-                line[env_id] = f"{mean} ± {fmt.number(half)} ({row['seeds']})"
-        table.append(line)
+    published = [row for row in fmt.read(PUBLISHED) if {row["env_steps"]} == steps]
+    returns, cells = defaultdict(list), {}
+    for row in rows:
+        returns[method_of(row), row["env_id"]].append(float(row["return_mean"]))
+    for place, own in returns.items():
+        cells[place] = f"{fmt.across_seeds(own)} ({len(own)})"
+    for row in published:
+        half = half_width(float(row["return_std"]), int(row["seeds"]))
+        mean = fmt.number(float(row["return_mean"]))
+        cells[row["method"], row["env"]] = f"{mean} ± {fmt.number(half)} ({row['seeds']})"
+    # tasks in the order in which they were published
+    env_ids = dict.fromkeys([row["env"] for row in published] + [row["env_id"] for row in rows])
+    table = [
+        {"method": method} | {env_id: cells.get((method, env_id), "-") for env_id in env_ids}
+        for method in dict.fromkeys(method for method, _ in cells)
+    ]
     at = " and ".join(f"{int(step):,}" for step in steps)
     note = (
         f"The evaluation at {at} steps, an update per step, or two at UTD 2. ± Student's 95% "
