@@ -7,11 +7,13 @@ import importlib
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fork_server import PATIENCE
 from torch import nn
 
 ROOT = Path(__file__).parent.parent
@@ -140,6 +142,15 @@ def pytest_collection_modifyitems(config, items):
             dropped.append(item)
     config.hook.pytest_deselected(items=dropped)
     items[:] = [item for item in items if item not in dropped]
+
+
+def wait_for(condition, seconds=PATIENCE):
+    """What condition() returns once it is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+    return found
 
 
 def known(script, settings):

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+PATIENCE = 300  # seconds; what takes longer hangs, as a busy machine may need a minute or two
 MEMORY = 12 << 30  # bytes a program may reserve: what asks for more shall fail, not the machine
 SLOW_IMPORTS = "torch", "torch._dynamo", "gymnasium.wrappers", "tyro", "numpy", "tqdm"
 SLOW_IMPORTS += ("torch.utils.tensorboard",)
@@ -50,7 +51,7 @@ class Process:
             self.status = self.server.ask(poll=self.pid)
         return self.status
 
-    def wait(self, seconds: float = 60, sweep: bool = True) -> Result:
+    def wait(self, seconds: float = PATIENCE, sweep: bool = True) -> Result:
         """Until it ends; then nothing that it started is left, unless it shall not be swept."""
         deadline = time.monotonic() + seconds
         while self.poll() is None and time.monotonic() < deadline:
@@ -97,8 +98,8 @@ class ForkServer:
         request |= {"env": env or {}, "stdout": str(streams[0]), "stderr": str(streams[1])}
         return Process(self, self.ask(**(request | options)), streams)
 
-    def run(self, program: Path, argv: list, cwd: Path, env=None, seconds=60, **options) -> Result:
-        return self.start(program, argv, cwd, env, **options).wait(seconds)
+    def run(self, program: Path, argv: list, cwd: Path, env=None, **options) -> Result:
+        return self.start(program, argv, cwd, env, **options).wait()
 
     def close(self) -> None:
         self.process.stdin.close()

@@ -39,6 +39,7 @@ from conftest import (
     obs_of,
     small,
 )
+from fork_server import PATIENCE
 
 
 def small_flags(script):
@@ -46,9 +47,9 @@ def small_flags(script):
 
 
 def python(*command, **options):
-    return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=120, **options
-    )
+    command = [sys.executable, *map(str, command)]
+    options = {"capture_output": True, "text": True, "timeout": PATIENCE} | options
+    return subprocess.run(command, **options)
 
 
 def commands(scripts):

@@ -13,12 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from fork_server import PATIENCE
 
 
 @pytest.fixture
 def job(tmp_path):
     (tmp_path / "logs").mkdir()
-    return gpu.Job(tmp_path, time.monotonic() + 100, smoke=True)
+    return gpu.Job(tmp_path, time.monotonic() + PATIENCE, smoke=True)
 
 
 def test_a_piece_that_fails_is_recorded_and_done_again(job, capsys):
@@ -80,7 +81,7 @@ def test_a_process_that_outlasts_its_limit_is_ended_with_its_children(job):
 def test_an_exit_status_comes_with_the_end_of_the_output(job):
     process = job.start("wrong", ["-c", "print('almost'); raise SystemExit(3)"])
     with pytest.raises(gpu.Failed, match=r"wrong: exit status 3\nalmost"):
-        job.wait("wrong", process, 20)
+        job.wait("wrong", process, PATIENCE)
 
 
 MEASURED = {"six, MPS: FPMD-M": 3000, "six, MPS: SAC": 2000, "three FPMD-M, MPS: FPMD-M": 4000}
@@ -141,10 +142,10 @@ def test_outcomes_of_tests_are_on_disk_at_once(tmp_path):
 def test_all_of_it_at_toy_size(tmp_path):
     """What a GPU will be given runs on a CPU in a minute; started again it does nothing."""
     command = [sys.executable, ROOT / "benchmark" / "gpu.py", "--smoke", "--output", tmp_path]
-    first = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    first = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert first.returncode == 0, first.stdout + first.stderr
     for name in "prove_cpu", "speed_cuda", "rates_cpu", "latency_cpu", "campaign_cpu":
         with (tmp_path / f"{name}.csv").open(newline="") as file:
             assert list(csv.DictReader(file)), name
-    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert again.returncode == 0 and "s left" not in again.stdout

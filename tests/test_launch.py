@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from argparse import Namespace
 from benchmark.launch.engines import Ray
@@ -22,7 +21,8 @@ from benchmark.launch.jobs import Job, read_rows
 from benchmark.launch.progress import View, look
 
 import pytest
-from conftest import ROOT, SMALL, as_flags, known
+from conftest import ROOT, SMALL, as_flags, known, wait_for
+from fork_server import PATIENCE
 
 SCRIPTS = 'scripts = ["fake_online"]\n'
 SLOW = "--step-seconds 0.02"  # 100 steps in two seconds, a checkpoint every 10
@@ -67,17 +67,9 @@ def launch(root):
         process.communicate()
 
 
-def finish(process, timeout=90):
-    out, err = process.communicate(timeout=timeout)
+def finish(process):
+    out, err = process.communicate(timeout=PATIENCE)
     return Namespace(status=process.returncode, out=out, err=err)
-
-
-def wait_for(condition, timeout=60):
-    deadline = time.monotonic() + timeout
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-    return found
 
 
 def only(paths):
@@ -565,7 +557,7 @@ def test_a_closed_pipe_saves_the_jobs(root, launch):
     wait_for(lambda: step(job) >= 15)
     process.stdout.close()
     os.kill(running(job), signal.SIGKILL)  # which the launcher wants to tell
-    assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+    assert process.wait(PATIENCE) == 128 + signal.SIGPIPE
     assert process.stderr.read() == ""
     process.stdout = process.stderr = None  # what the fixture reads
     assert launch(f"--flags={SLOW}").status == 0
@@ -615,7 +607,7 @@ def test_killed_jobs_leave_no_processes(root, launch):
     assert evaluations(results(root)) == expected()
     children = re.findall(r"child (\d+)", (only(jobs(root)) / "log.txt").read_text())
     assert len(children) == 2
-    wait_for(lambda: not any(alive(int(child)) for child in children), timeout=10)
+    wait_for(lambda: not any(alive(int(child)) for child in children), 10)
 
 
 # ---------------------------------------------------------------------------- the live table
@@ -776,7 +768,7 @@ def test_ray_survives_the_same_kills(root, launch, ray):
     out, _ = process.communicate()
     assert "died, SIGKILL; trying again (death 1)" in out
     assert "died, Ray's WorkerCrashedError; trying again (death 2)" in out
-    wait_for(lambda: not alive(script), timeout=20)
+    wait_for(lambda: not alive(script), 20)
     result = launch(*flags)
     assert result.status == 0, result.err
     assert all("--resume" in line for line in attempts(job)[1:])

@@ -28,6 +28,7 @@ from conftest import (
     spy,
     values,
 )
+from fork_server import PATIENCE
 from test_contract import commands
 from test_resume import differences, rows
 
@@ -822,7 +823,7 @@ def in_a_process_of_its_own(code, tmp_path, **changes):
     path.write_text(names + code)
     env = {"PYTHONPATH": str(FILES[PIXELS[0]].parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
@@ -952,7 +953,7 @@ def started(script, opengl, folder, **changes):
         env=opengl | {"HOME": str(folder), "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
 
 

@@ -15,6 +15,7 @@ from benchmark import cli
 
 import pytest
 from conftest import ROOT
+from fork_server import PATIENCE
 
 TABLE = "algorithm,env_id,seed,global_step,updates,wall_time,mode,return_mean,success_rate,flags,"
 TABLE += "utd,total_timesteps,python,torch,gymnasium,mujoco,device,threads,commit\n"
@@ -74,7 +75,7 @@ def folder(tmp_path_factory):
 
 def call(program, *arguments, cwd=None, env=None, **how):
     command = [sys.executable, ROOT / "benchmark" / program, *arguments]
-    how = {"capture_output": True, "text": True, "timeout": 120} | how
+    how = {"capture_output": True, "text": True, "timeout": PATIENCE} | how
     environ = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | (env or {})
     return subprocess.run(command, cwd=cwd, env=environ, **how)
 
@@ -403,7 +404,7 @@ def test_a_signal_is_one_line(folder, tmp_path, signum):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     time.sleep(6)
     process.send_signal(signum)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signum
     assert said.splitlines()[-1] == f"make_dataset.py: stopped by {signum.name}"
     assert "Traceback" not in said and list(tmp_path.iterdir()) == []
@@ -418,7 +419,7 @@ def test_ctrl_c_while_it_imports(tmp_path):
     process = subprocess.Popen(command, env=env, **pipes)
     assert process.stdout.readline() == "on it\n"
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=PATIENCE)
     assert said == "one_step.py: stopped by SIGINT\n"
     assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
 

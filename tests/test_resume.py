@@ -1,5 +1,6 @@
 """A run that was stopped and resumed equals one that was not, bit for bit (on CPU)."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import COMPILER, FILES, MODES_OF, SMALL, as_flags, known, load
+from conftest import COMPILER, FILES, MODES_OF, SMALL, as_flags, known, load, wait_for
+from fork_server import PATIENCE
 
 ENVS = ["Ant-v4", "Humanoid-v4", "Walker2d-v5", "dm_control/cheetah-run-v0"]
 
@@ -78,18 +80,32 @@ def test_asynchronous_envs_resume_as_well(script, run):
     assert found == ["/args/async_envs"]
 
 
+@pytest.fixture
+def start(tmp_path):
+    """Starts Python in that folder, in a session of its own, and leaves nothing of it behind."""
+    started = []
+
+    def start(*command, **options):
+        options |= {"cwd": tmp_path, "start_new_session": True}
+        started.append(subprocess.Popen([sys.executable, *map(str, command)], **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
 @pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
-def test_ctrl_c_reaches_the_workers_as_well_and_the_run_is_saved(script, tmp_path):
+def test_ctrl_c_reaches_the_workers_as_well_and_the_run_is_saved(script, start, tmp_path):
     """A terminal sends SIGINT to the processes of the simulators too; they leave it to the run."""
     settings = known(script, SMALL) | {"env_id": "Hopper-v4", "total_timesteps": 1_000_000}
     settings["async_envs"] = True
-    command = [sys.executable, str(FILES[script.__name__]), *as_flags(settings)]
-    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
-    deadline = time.time() + 60
-    while not list(tmp_path.glob("runs/*/metrics.csv")) and time.time() < deadline:
-        time.sleep(0.1)
+    process = start(FILES[script.__name__], *as_flags(settings))
+    wait_for(lambda: list(tmp_path.glob("runs/*/metrics.csv")))
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 128 + signal.SIGINT
+    assert process.wait(PATIENCE) == 128 + signal.SIGINT
     (run_dir,) = tmp_path.glob("runs/*")
     assert load(run_dir)["global_step"] >= 100
 
@@ -97,7 +113,7 @@ def test_ctrl_c_reaches_the_workers_as_well_and_the_run_is_saved(script, tmp_pat
 @pytest.mark.slow
 @COMPILER
 @pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
-def test_ctrl_c_spares_the_compiler_and_the_run_is_saved(script, tmp_path):
+def test_ctrl_c_spares_the_compiler_and_the_run_is_saved(script, start, tmp_path):
     """A terminal sends SIGINT to the C++ compiler of the first update too, which must not die."""
     cxx, updating, compiling = (tmp_path / name for name in ("cxx", "updating", "compiling"))
     cxx.write_text(f'#!/bin/sh\n[ -e {updating} ] && : >{compiling}\nexec g++ "$@"\n')
@@ -114,41 +130,33 @@ def test_ctrl_c_spares_the_compiler_and_the_run_is_saved(script, tmp_path):
     settings = known(script, SMALL) | {"env_id": "Hopper-v4", "total_timesteps": 1_000_000}
     env = {"CXX": str(cxx), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     env |= {"PYTHONPATH": str(FILES["fpmd_online"].parent)}
-    process = subprocess.Popen(
-        [sys.executable, "run.py", *as_flags(settings | {"compile": True})],
-        cwd=tmp_path,
-        env=os.environ | env,
-        start_new_session=True,
-    )
-    deadline = time.time() + 100
-    while not compiling.exists() and time.time() < deadline:
-        time.sleep(0.05)
+    flags = as_flags(settings | {"compile": True})
+    process = start("run.py", *flags, env=os.environ | env)
+    wait_for(compiling.exists)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(100) == 128 + signal.SIGINT and compiling.exists()
+    assert process.wait(PATIENCE) == 128 + signal.SIGINT
     (run_dir,) = tmp_path.glob("runs/*")
     assert load(run_dir)["global_step"] >= 100
 
 
-def logging_run(script, folder):
+def logging_run(script, start, folder):
     """A long run in a process of its own, once it has written its first row."""
     settings = known(script, SMALL) | {"env_id": "Hopper-v4", "total_timesteps": 1_000_000}
-    command = [sys.executable, str(FILES[script.__name__]), *as_flags(settings)]
-    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 60
-    while not list(folder.glob("runs/*/metrics.csv")) and time.time() < deadline:
-        time.sleep(0.1)
+    command = FILES[script.__name__], *as_flags(settings)
+    process = start(*command, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list(folder.glob("runs/*/metrics.csv")))
     return process
 
 
 @pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGHUP])
-def test_two_signals_at_once_are_one(script, tmp_path, second):
+def test_two_signals_at_once_are_one(script, start, tmp_path, second):
     """GNU timeout signals a process and then its group, this process included."""
-    process = logging_run(script, tmp_path)
+    process = logging_run(script, start, tmp_path)
     for signum in signal.SIGTERM, second:
         process.send_signal(signum)
         time.sleep(0.003)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=PATIENCE)
     (run_dir,) = tmp_path.glob("runs/*")
     either = 128 + signal.SIGTERM, 128 + second  # whichever Python handles first
     assert process.returncode in either and "stopped; go on" in stderr
@@ -156,11 +164,11 @@ def test_two_signals_at_once_are_one(script, tmp_path, second):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_run_goes_on(script, run, tmp_path, signum):
+def test_a_signal_saves_and_the_run_goes_on(script, run, start, tmp_path, signum):
     """Exit status 128 + signal, a checkpoint at the step it stopped, and an exact continuation."""
-    process = logging_run(script, tmp_path)
+    process = logging_run(script, start, tmp_path)
     process.send_signal(signum)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=PATIENCE)
     (run_dir,) = tmp_path.glob("runs/*")
     assert (
         process.returncode == 128 + signum and f"--resume {run_dir.relative_to(tmp_path)}" in stderr

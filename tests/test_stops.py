@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from bad_inputs import OFFLINE, small, write_dataset
-from conftest import FILES, MODES_OF, as_flags, load
+from conftest import FILES, MODES_OF, as_flags, load, wait_for
 from fork_server import ForkServer, Process, Result
 from test_bad_inputs import listing
 from test_resume import differences, rows
@@ -195,14 +195,14 @@ def go_through(instant: Instant, runner: Runner, whole: tuple[Path, float], log:
     process = runner.start(folder)
     time.sleep(instant.share * seconds)
     process.send(instant.signum, instant.group)
-    result = process.wait(40)
+    result = process.wait()
     found = []
     if instant.signum != signal.SIGKILL:
         found += wrong_answer(instant, result, folder)
     if saved_run(folder):
         if result.status != 0:
             log.append(instant)
-        result = runner.resume(folder).wait(40)
+        result = runner.resume(folder).wait()
         if result.status != 0:
             last = result.err.strip().splitlines()[-1:]
             found.append(f"resumed: status {result.status}, {last}")
@@ -308,7 +308,7 @@ def test_a_stop_right_after_the_start_is_no_traceback(server, tmp_path):
         time.sleep(0.02 * number)
         signum = SIGNALS[number % 3]
         process.send(signum, group=number % 2 == 0)
-        result = process.wait(40)
+        result = process.wait()
         assert result.status in (128 + signum, -signum) and not result.traceback, result.err
 
 
@@ -321,7 +321,7 @@ def test_many_stops_of_one_run(server, tmp_path):
     for _ in range(12):
         time.sleep(seconds * draw.uniform(0.2, 0.5))
         process.send(draw.choice([*SIGNALS, signal.SIGKILL]))
-        status = process.wait(40).status
+        status = process.wait().status
         if status == 0:
             break
         stops += 1
@@ -330,18 +330,11 @@ def test_many_stops_of_one_run(server, tmp_path):
         else:
             shutil.rmtree(folder / "runs", ignore_errors=True)
             process = runner.start(folder)
-    assert process.wait(40).status == 0 and stops > 1
+    assert process.wait().status == 0 and stops > 1
     assert unequal(whole, only(folder)) == []
 
 
 # ---------------------------------------------------------------------------- one directory
-def wait_for(condition, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert condition()
-
-
 @pytest.mark.parametrize("in_processes", [False, True])
 def test_a_second_process_on_a_directory_is_refused(server, tmp_path, in_processes):
     """Of a run that still trains, and of one that is being resumed; the first never notices."""

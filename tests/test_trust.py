@@ -380,7 +380,7 @@ def test_a_table_that_a_power_cut_left_is_mended(run, resume, tmp_path, name):
 def test_an_evaluation_ends_even_if_its_episodes_do_not(run, tmp_path, name):
     """11: they are cut, and the row says how many were."""
     changes = {"env_id": of(name, "odd_envs:NoLimit-v0"), "eval_every": 10**6}
-    result = run(name, changes, "--eval-max-steps=30", seconds=30)
+    result = run(name, changes, "--eval-max-steps=30")
     assert result.status == 0, result.err
     for row in evaluations(the_run(tmp_path)):
         assert row["episodes_cut"] == "2" and len(row["returns"].split()) == 2
@@ -400,9 +400,9 @@ def test_episodes_that_end_are_not_cut(run, tmp_path, name):
 def test_a_replay_ends_as_well(run, server, tmp_path, name):
     """11: --evaluate of an endless environment says what it cut."""
     changes = {"env_id": "odd_envs:NoLimit-v0", "eval_every": 0}
-    assert run(name, changes, "--eval-max-steps=30", seconds=30).status == 0
+    assert run(name, changes, "--eval-max-steps=30").status == 0
     flags = ["--evaluate", the_run(tmp_path), "--env-id", "odd_envs:NoLimit-v0"]
-    result = server.run(FILES[name], flags, tmp_path, seconds=30)
+    result = server.run(FILES[name], flags, tmp_path)
     assert result.status == 0 and "cut" in result.out + result.err
 
 
@@ -612,12 +612,12 @@ def test_a_damaged_compile_cache_falls_back_to_eager(run, server, tmp_path):
     trial.write_text("import torch\ntorch.compile(torch.exp)(torch.ones(1))\n")
     assert server.run(trial, [], tmp_path, env, 300).status == 0
     whole = set(cache.rglob("*.so"))
-    assert run("fpmd_online", {"compile": True}, env=env, seconds=300).status == 0
+    assert run("fpmd_online", {"compile": True}, env=env).status == 0
     damaged = set(cache.rglob("*.so")) - whole
     assert whole and damaged
     for library in damaged:
         library.write_bytes(b"")
-    result = run("fpmd_online", {"compile": True}, env=env, seconds=300)
+    result = run("fpmd_online", {"compile": True}, env=env)
     assert result.status == 0 and not result.traceback, result.err
     said = [line for line in warnings_of(result) if "--compile" in line]
     assert len(said) == 1, result.err
@@ -707,7 +707,7 @@ def test_the_same_in_processes_of_their_own(run, tmp_path, name, env_id):
 def test_a_killed_worker_is_a_line(run, tmp_path, name):
     """22: neither a hang nor an EOFError; what can no longer be asked for is not saved."""
     changes = {"env_id": "odd_envs:Dies-v0", "async_envs": True, "checkpoint_every": 20}
-    result = run(name, changes | {"total_timesteps": 400}, seconds=30)
+    result = run(name, changes | {"total_timesteps": 400})
     line = assert_one_line(result, name, 1)
     assert "--resume" in line and load(the_run(tmp_path))["global_step"] >= 20
 
@@ -761,7 +761,7 @@ def test_a_cache_folder_that_cannot_be_made_is_no_traceback(run, tmp_path, name)
     """22: torch's compiler wants one; the run goes on without it, or says so in a line."""
     (tmp_path / "file").write_text("")
     env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "cache")}
-    result = run(name, {"compile": True}, env=env, seconds=200)
+    result = run(name, {"compile": True}, env=env)
     assert not result.traceback and result.status == 0, result.err
 
 
@@ -833,7 +833,7 @@ def test_what_the_compiler_lacks_is_named(run, tmp_path):
     (tmp_path / "bin").mkdir()
     env = {"PATH": str(tmp_path / "bin"), "CXX": "", "CC": ""}
     env |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    result = run("fpmd_online", {"compile": True}, env=env, seconds=200)
+    result = run("fpmd_online", {"compile": True}, env=env)
     assert result.status == 0, result.err
     said = [line for line in warnings_of(result) if "--compile" in line]
     assert len(said) == 1 and "g++" in said[0] and "install" in said[0], result.err
