@@ -1848,7 +1848,7 @@ def refuse_too_large(args: Args, obs_shape: tuple, act_dim: int, device: torch.d
         # three trunks with gradients and moments, and their slow copies
         "feature_dim": 15 * h_dim * args.feature_dim,
         "hidden_dim": 50 * args.hidden_dim**2,  # networks, averages, gradients, moments
-        "num_candidates": 4 * args.num_candidates * states * args.hidden_dim,
+        "num_candidates": 4 * getattr(args, "num_candidates", 1) * states * args.hidden_dim,
     }
     name = max(numbers, key=numbers.get)
     needed = 4 * sum(numbers.values())

@@ -33,6 +33,7 @@ MIRROR = [*FPMD, "dpmd_online"]  # policy mirror descent, whatever the policy
 MODES_OF = {name: ["one_step", "best_of_n"] for name in FLOWS}  # of evaluation, deployed first
 MODES_OF["dpmd_online"] = ["one_candidate", "one_step", "best_of_n"]
 MODES_OF["sac_online"] = ["one_step", "sampled"]
+FPMD_PIXELS = [name for name in PIXELS if "fpmd" in name]
 MODES = torch.tensor([[0.5, 0.5], [0.5, -0.5], [-0.5, 0.5], [-0.5, -0.5]])  # a toy's four points
 SMALL = {
     "total_timesteps": 400,
@@ -88,7 +89,7 @@ ONE_IS_FAST |= {"test_video_of_a_replay", "test_a_script_runs_alone"}
 # and here one script is tested alone: harder tests, run for all, include what these would show
 ONE_IS_ENOUGH = {"test_constant_reward", "test_reward_depends_on_observation"}
 ONE_IS_ENOUGH |= {"test_video_of_a_replay"}
-# of the two from pixels, where what trains or starts a program is the same text in both
+# of those from pixels, where what trains or starts a program is the same text in all
 OF_PIXELS = """
     test_a_run_stores_what_happened
     test_other_stacks

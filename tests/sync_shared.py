@@ -16,12 +16,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MVP = ["mvp_online", "mvp_offline_to_online"]
 FPMD = ["fpmd_online", "fpmd_meanflow_online"]
-PIXELS = ["fpmd_pixels_online", "fpmd_meanflow_pixels_online"]
-MIRROR = [*FPMD, *PIXELS, "dpmd_online"]
+FPMD_PIXELS = ["fpmd_pixels_online", "fpmd_meanflow_pixels_online"]
+SAC_PIXELS = "sac_pixels_online"
+PIXELS = [*FPMD_PIXELS, SAC_PIXELS]
+MIRROR = [*FPMD, *FPMD_PIXELS, "dpmd_online"]
 PLUS = "fpmd_plus_online"  # FPMD-M's flow; critics and learning of its own
 OFFLINE = ["mvp_offline_to_online", "meanflowql_offline_to_online"]  # they start from a dataset
 GELU = [*MVP, "meanflowql_offline_to_online"]  # an activation that needs no faster formula
-MISH = [*MIRROR, "sac_online", PLUS]
+MISH = [*MIRROR, "sac_online", SAC_PIXELS, PLUS]
 ONLINE = [*MISH, "mvp_online"]
 EVERY = [*ONLINE, *OFFLINE]
 
@@ -54,17 +56,18 @@ SHARED = [
     (GELU, ["accelerate"]),
     # method
     (EVERY, ["move_towards"]),
-    ([*MIRROR, *GELU, PLUS], ["FirstLayer"]),
+    ([*MIRROR, *GELU, PLUS, SAC_PIXELS], ["FirstLayer"]),
     (MISH, ["linear"]),
-    (MIRROR, ["MLP", "QNetwork", "TwinCritic"]),
+    ([*MIRROR, SAC_PIXELS], ["MLP", "QNetwork"]),
+    (MIRROR, ["TwinCritic"]),
     ([*MIRROR, PLUS], ["TIME_DIM", "take", "select_action"]),
     (MIRROR, ["critic_loss", "mirror_descent_targets", "update_critic"]),
     (MIRROR, ["update_q_statistics", "policy_lr_at", "prepare_update", "update_alpha"]),
     (MIRROR, ["follow_steps", "act_explore", "update"]),
     ([*MIRROR, *MVP], ["flow_spread"]),
     (FPMD, ["act_one_step", "act_best_of_n"]),
-    ([*FPMD, *PIXELS, PLUS], ["time_embedding", "MODES", "DEPLOYED"]),
-    ([*FPMD, *PIXELS], ["propose", "particle_probabilities", "cost_of"]),
+    ([*FPMD, *FPMD_PIXELS, PLUS], ["time_embedding", "MODES", "DEPLOYED"]),
+    ([*FPMD, *FPMD_PIXELS], ["propose", "particle_probabilities", "cost_of"]),
     # each pair's flow is the same with pixels as without
     (
         ["fpmd_meanflow_online", "fpmd_meanflow_pixels_online"],
@@ -76,10 +79,11 @@ SHARED = [
         ["fpmd_online", "fpmd_pixels_online"],
         ["VelocityField", "generate", "policy_loss", "update_policy"],
     ),
-    # what pixels need is the same in both
-    (PIXELS, ["convolution", "Encoder", "Trunk", "TwinCritic", "Agent", "act_one_step"]),
-    (PIXELS, ["act_best", "act_best_of_n", "act_explore", "random_shift", "update_critic"]),
-    (PIXELS, ["update", "ReplayBuffer", "train", "SeededEpisodes", "GuardedEnvs", "refuse_frames"]),
+    # what pixels need is the same in all
+    (PIXELS, ["convolution", "Encoder", "Trunk", "TwinCritic", "random_shift"]),
+    (FPMD_PIXELS, ["Agent", "act_one_step", "act_best", "act_best_of_n", "act_explore"]),
+    (FPMD_PIXELS, ["update_critic", "update"]),
+    (PIXELS, ["ReplayBuffer", "train", "SeededEpisodes", "GuardedEnvs", "refuse_frames"]),
     (PIXELS, ["is_mujoco", "choose_camera", "prepare_mujoco", "picture_options", "make_env"]),
     (PIXELS, ["make_envs", "choose_opengl", "Run", "state_of", "restore_buffer", "chunks"]),
     (PIXELS, ["write_frames", "read_frames", "own_rules", "frames_held", "refuse_too_large"]),
@@ -92,6 +96,8 @@ SHARED = [
     ([*MVP, PLUS], ["prepare_update"]),
     (MVP, ["update_critic"]),
     ([PLUS, "sac_online"], ["BatchNorm", "RewardScale", "project"]),
+    (["sac_online", SAC_PIXELS], ["MODES", "DEPLOYED", "cost_of", "RISING", "update_alpha"]),
+    (["sac_online", SAC_PIXELS], ["prepare_update", "follow_steps"]),
 ]
 
 # blocks that a script legitimately lacks or has otherwise, and why
@@ -121,9 +127,11 @@ APART = {
         GuardedEnvs.restore refuse_observations refuse_too_large own_rules run_to_the_end
         replay main Run.evaluate_mode""",
     FILE: "Run.state Run.save Run.restore",
-    TRUNKS: "TwinCritic update_critic update act_explore accelerate",
+    TRUNKS: "TwinCritic accelerate",
     RENDERED: "make_env make_envs choose_opengl",
 }
+LEARNING = "update_critic", "update", "act_explore"  # SAC's are its own anyway
+EXCEPTIONS |= {(name, block): TRUNKS for name in FPMD_PIXELS for block in LEARNING}
 EXCEPTIONS |= {
     (name, block): why for name in PIXELS for why, names in APART.items() for block in names.split()
 }

@@ -4,6 +4,7 @@ Most of it needs no OpenGL: pixel_envs draws with numpy. What does need it is sk
 reason, where there is none.
 """
 
+import copy
 import json
 import subprocess
 import sys
@@ -16,12 +17,14 @@ import pytest
 import torch
 from conftest import (
     FILES,
+    FPMD_PIXELS,
     PIXELS,
     SEEN,
     as_flags,
     count,
     equal,
     images_batch,
+    known,
     load,
     one_update,
     rng,
@@ -32,9 +35,10 @@ from fork_server import PATIENCE
 from test_contract import commands
 from test_resume import differences, rows
 
-# the sizes of all tests, but for flags that one of the two does not have or that are its method
+# the sizes of all tests, but for what is FPMD-R's method; a script takes what it knows
 SMALL = conftest.SMALL | SEEN | {"utd": 0.1}
-SMALL = {name: value for name, value in SMALL.items() if name not in ("flow_steps", "target_kl")}
+del SMALL["flow_steps"]
+SAC = "sac_pixels_online"
 SHAPE = (3, 24, 24, 3)  # of an observation: frames, height, width, colours
 CPU = torch.device("cpu")
 
@@ -45,16 +49,24 @@ def script(request):
     return __import__(request.param)
 
 
+fpmd_only = pytest.mark.parametrize("script", FPMD_PIXELS, indirect=True)
+sac_only = pytest.mark.parametrize("script", [SAC], indirect=True)
+
+
+def small_args(script, **changes):
+    return script.Args(**(known(script, SMALL) | changes))
+
+
 @pytest.fixture
 def run(script, tmp_path, monkeypatch):
     """run(env_id=..., ...) trains at SMALL size in an empty folder; returns the run directory."""
     monkeypatch.chdir(tmp_path)
-    return lambda **changes: script.main(script.Args(**(SMALL | changes)))
+    return lambda **changes: script.main(small_args(script, **changes))
 
 
 def make_agent(script, act_dim=2, **changes):
     torch.manual_seed(0)
-    args = script.Args(**(SMALL | changes))
+    args = small_args(script, **changes)
     return script.Agent((args.frame_stack, *SHAPE[1:]), act_dim, args, CPU), args
 
 
@@ -65,8 +77,8 @@ class Happened:
     """CodedFrames in a vector env, played at random into a buffer; what happened, in order."""
 
     def __init__(self, script, steps, num_envs=3, **changes):
-        args = script.Args(**(SMALL | {"num_envs": num_envs} | changes))
-        args = replace(args, env_id="pixel_envs:CodedFrames-v0")
+        env_id = "pixel_envs:CodedFrames-v0"
+        args = small_args(script, **({"num_envs": num_envs, "env_id": env_id} | changes))
         pixel_envs.CodedFrames.made = 0
         envs = script.make_envs(args, num_envs)
         pixel_envs.CodedFrames.log.clear()
@@ -297,6 +309,7 @@ def test_parameter_counts(script):
     assert agent.encoder.out_dim == 39_200
     assert count(agent.critic) == 2 * 2_106_583
     sizes = {"fpmd_meanflow_pixels_online": 2_118_204, "fpmd_pixels_online": 2_113_036}
+    sizes |= {SAC: 2_107_874}
     assert count(agent.policy) == sizes[script.__name__]
 
 
@@ -349,10 +362,10 @@ def test_who_trains_whom(script, monkeypatch):
     networks = {"encoder": agent.encoder, "critic": agent.critic, "policy": agent.policy}
     backward = torch.Tensor.backward
 
-    def noted(loss):
+    def noted(loss, **options):
         for network in networks.values():
             network.zero_grad()
-        backward(loss)
+        backward(loss, **options)
         reached[len(reached)] = {
             f"{name}.{parameter}"
             for name, network in networks.items()
@@ -369,6 +382,7 @@ def test_who_trains_whom(script, monkeypatch):
     assert {name for name in named if name.startswith("policy.")} == of_policy
 
 
+@fpmd_only
 def test_the_target_carries_no_gradient(script):
     agent, args = make_agent(script)
     batch = images_batch()
@@ -403,7 +417,8 @@ def test_slow_copies_hold_trunks_and_there_is_no_slow_encoder(script):
     pairs = zip(before, values(agent.critic), values(agent.target_critic), strict=True)
     assert all(torch.allclose(slow, (old + new) / 2) for old, new, slow in pairs)
     names = {name.split(".")[0] for name, _ in agent.named_parameters()}
-    assert names == {"encoder", "policy", "critic", "acting_policy", "target_critic", "log_alpha"}
+    slow = {"target_critic"} | ({"acting_policy"} if script.__name__ != SAC else set())
+    assert names == {"encoder", "policy", "critic", "log_alpha"} | slow
 
 
 @pytest.mark.parametrize("critic_steps", [1, 2])
@@ -432,10 +447,11 @@ def test_next_features_are_of_before_the_encoders_step(script, monkeypatch):
         )
     script.update(agent, batch, args, rng(), True)
     assert torch.equal(seen[0], batch["next_obs"]) and torch.equal(seen[1], batch["obs"])
-    assert len(seen) == 2 and len(trunk) == 1
+    assert len(seen) == 2 and len(trunk) == (2 if script.__name__ == SAC else 1)
     assert torch.allclose(trunk[0], expected.flatten(1), atol=1e-6)
 
 
+@fpmd_only
 def test_flow_spread_is_of_candidates_without_their_noise(script, monkeypatch):
     agent, args = make_agent(script, num_candidates=32, noise_scale=0.1)
     calls = spy(monkeypatch, script, "propose")
@@ -447,6 +463,7 @@ def test_flow_spread_is_of_candidates_without_their_noise(script, monkeypatch):
     assert 0 < spread < metrics["policy/candidate_spread"].item()
 
 
+@fpmd_only
 @pytest.mark.parametrize("num_candidates", [1, 32])
 def test_trunks_are_computed_once_whatever_n_is(script, monkeypatch, num_candidates):
     agent, args = make_agent(script, num_candidates=num_candidates)
@@ -467,6 +484,7 @@ def test_trunks_are_computed_once_whatever_n_is(script, monkeypatch, num_candida
     assert counts == expected | {"critic": [3, 3], "acting_policy": [1]}
 
 
+@fpmd_only
 def test_acting_looks_through_the_online_encoder_and_the_slow_policy(script):
     agent, args = make_agent(script)
     obs = images_batch()["obs"]
@@ -482,6 +500,7 @@ def test_acting_looks_through_the_online_encoder_and_the_slow_policy(script):
     assert not torch.equal(modes[0](agent, obs, args, rng()), before[0])
 
 
+@fpmd_only
 def test_the_deployed_policy_is_the_one_step_mode(script):
     agent, args = make_agent(script)
     obs = images_batch()["obs"]
@@ -491,6 +510,100 @@ def test_the_deployed_policy_is_the_one_step_mode(script):
     assert torch.allclose(policy(obs, noise), expected, atol=1e-6)
     assert not any(p.requires_grad for p in policy.parameters())
     assert policy(obs, noise.expand(3, 16, 2)).shape == (3, 16, 2)
+
+
+@sac_only
+def test_sac_acts_by_its_mean_or_by_a_sample(script):
+    """one_step is tanh of the mean and draws nothing; sampled and explore draw from the policy."""
+    agent, args = make_agent(script)
+    obs = images_batch(1)["obs"].expand(20_000, *SHAPE)
+    # one look will do: it is the same picture
+    mean, log_std = (x.detach() for x in agent.policy(agent.encoder(obs[:1])))
+    agent.encoder.forward = lambda obs: torch.zeros((len(obs), 1))
+    agent.acting_policy.forward = lambda h: (mean.expand(len(h), 2), log_std.expand(len(h), 2))
+    generator = rng()
+    before = generator.get_state()
+    action = script.act_one_step(agent, obs, args, generator)
+    assert torch.allclose(action, mean.tanh()) and generator.get_state().equal(before)
+    for act in script.MODES["sampled"], script.act_explore:
+        u = act(agent, obs, args, generator).double().atanh()
+        assert u.mean(0) == pytest.approx(mean[0].double(), abs=0.05)  # one std of it: 0.01
+        assert u.std(0) == pytest.approx(log_std[0].double().exp(), rel=0.03)
+
+
+@sac_only
+def test_sac_losses_against_their_formulas(script):
+    """The density of tanh(u) by torch.distributions, y with the entropy's bonus, the least Q."""
+    agent, args = make_agent(script, gamma=0.9, reward_scale=0.7)
+    batch = images_batch() | {"terminations": (torch.arange(16) % 3 == 0).float()}
+    h = torch.randn((16, agent.encoder.out_dim), generator=rng())
+    states, next_states = agent.critic.states(h), agent.target_critic.states(-h)
+    actions, bonus = batch["actions"].flip(0), torch.randn(16, generator=rng(1))
+    seen = batch | {"obs": states, "next_obs": next_states}
+    loss, q = script.critic_loss(agent.critic, agent.target_critic, seen, actions, bonus, args)
+    least = agent.target_critic(next_states, actions).min(0).values
+    y = 0.7 * batch["rewards"] + 0.9 * (1 - batch["terminations"]) * (least + bonus)
+    assert torch.equal(q, agent.critic(states, batch["actions"])) and not q.requires_grad
+    assert loss.item() == pytest.approx((q - y).square().mean(1).sum().item())
+    e = torch.randn((16, 2), generator=rng(2))
+    loss, entropy = script.policy_loss(agent.policy, agent.critic, h, states, e, torch.tensor(0.3))
+    mean, log_std = agent.policy(h)
+    normal = torch.distributions.Normal(mean, log_std.exp())
+    squash = torch.distributions.TanhTransform()
+    a = (mean + log_std.exp() * e).tanh()
+    log_prob = torch.distributions.TransformedDistribution(normal, squash).log_prob(a).sum(-1)
+    assert entropy.item() == pytest.approx(-log_prob.mean().item(), rel=1e-4)
+    expected = (0.3 * log_prob - agent.critic(states, a).min(0).values).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@sac_only
+def test_a_sac_update_hands_over_the_right_numbers(script, monkeypatch):
+    """Policy and encoder as before their steps, critics and their trunks as after theirs."""
+    agent, args = make_agent(script, random_shift=0, alpha_init=0.7, tau=0.5)
+    for p in agent.target_critic.parameters():  # which begins as a copy
+        p.data.add_(0.1 * torch.randn(p.shape, generator=rng(3)))
+    batch, before, old = images_batch(), copy.deepcopy(agent), values(agent.target_critic)
+    of_critics = spy(monkeypatch, script, "critic_loss")
+    of_policy = spy(monkeypatch, script, "policy_loss")
+    metrics = script.update(agent, batch, args, rng())
+    draws = rng()
+    for name in "obs", "next_obs":  # shifts by nothing are drawn as well
+        script.random_shift(batch[name], 0, draws)
+    e, next_e = torch.randn((2, 16, 2), generator=draws)
+    with torch.no_grad():
+        h, next_h = before.encoder(batch["obs"]), before.encoder(batch["next_obs"])
+        actions, log_probs = script.sample(before.policy, next_h, next_e)
+        states = before.critic.states(h), before.target_critic.states(next_h)
+        after = agent.critic.states(h)
+    (_, _, seen, next_actions, bonus, _), _ = of_critics[0]
+    (_, critic, *given), (_, entropy) = of_policy[0]
+    for x, expected in zip((seen["obs"], seen["next_obs"]), states, strict=True):
+        torch.testing.assert_close(x, expected)
+    torch.testing.assert_close(next_actions, actions)
+    torch.testing.assert_close(bonus, -0.7 * log_probs)
+    assert critic is agent.critic and not torch.equal(after, states[0])
+    for x, expected in zip(given, (h, after, e, torch.tensor(0.7)), strict=True):
+        torch.testing.assert_close(x, expected)
+        assert not x.requires_grad
+    assert metrics["policy/entropy"].equal(entropy)
+    assert agent.log_alpha.grad.item() == pytest.approx(entropy.item() + 2)  # target: -act_dim
+    # the critics' gradients are those of their own loss, the targets have none
+    seen = seen | {"obs": before.critic.states(before.encoder(batch["obs"]))}
+    critics = before.critic, before.target_critic
+    loss, _ = script.critic_loss(*critics, seen, next_actions, bonus, args)
+    own = [*before.encoder.parameters(), *before.critic.parameters()]
+    trained = [*agent.encoder.parameters(), *agent.critic.parameters()]
+    for p, gradient in zip(trained, torch.autograd.grad(loss, own), strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+    assert all(p.grad is None for p in agent.target_critic.parameters())
+    slow = zip(old, values(agent.critic), values(agent.target_critic), strict=True)
+    assert all(torch.allclose(x, (a + b) / 2) for a, b, x in slow)
+    steps = {
+        name: {int(state["step"]) for state in optimizer.state.values()}
+        for name, optimizer in agent.optimizers.items()
+    }
+    assert steps == {"encoder": {1}, "critic": {2}, "policy": {1}, "alpha": {1}}
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -666,7 +779,7 @@ def test_what_moved_has_a_stack_of_its_own(script, run, monkeypatch, capsys):
 
 
 def test_repeated_steps_are_rendered_once_and_their_rewards_summed(script, monkeypatch):
-    args = script.Args(**(SMALL | {"action_repeat": 4}))
+    args = small_args(script, action_repeat=4)
     env = script.make_env("pixel_envs:MovingSquare-v0", 0, args)
     steps = []
     inner = env.unwrapped
@@ -692,7 +805,7 @@ def test_repeated_steps_are_rendered_once_and_their_rewards_summed(script, monke
 
 def test_episodes_of_a_run_and_of_its_evaluation_differ(script):
     """Each env its own first picture; the same seed the same pixels; evaluation has others."""
-    args = script.Args(**SMALL, env_id="pixel_envs:SeededFrames-v0")
+    args = small_args(script, env_id="pixel_envs:SeededFrames-v0")
     envs = script.make_envs(args, 3)
     training, _ = envs.reset(seed=[2] * 3)
     again, _ = envs.reset(seed=[2] * 3)
@@ -703,7 +816,7 @@ def test_episodes_of_a_run_and_of_its_evaluation_differ(script):
 
 
 def test_a_picture_is_the_newest_frame(script):
-    envs = script.make_envs(script.Args(**SMALL, env_id="pixel_envs:MovingSquare-v0"), 2)
+    envs = script.make_envs(small_args(script, env_id="pixel_envs:MovingSquare-v0"), 2)
     envs.reset(seed=[0, 0])
     for _ in range(5):
         envs.step(np.zeros((2, 1), np.float32))
@@ -903,9 +1016,10 @@ SQUARE = {
 }
 
 
-def returns_of(run, **changes):
+def returns_of(script, run, **changes):
     """Mean return of each mode at the end."""
-    table = rows(run(**(SQUARE | changes)), "evaluations")
+    settings = known(script, SQUARE) | changes
+    table = rows(run(**settings), "evaluations")
     found = [dict(zip(table[0], row, strict=True)) for row in table[1:]]
     return {row["mode"]: float(row["return_mean"]) for row in found}
 
@@ -913,16 +1027,20 @@ def returns_of(run, **changes):
 def test_a_moving_square_is_followed(script, run):
     """In 50 steps 33 for the best constant action, about 45 with the velocity of a step before.
 
-    One step of FPMD-R takes twice the updates of FPMD-M: its flow must become straight first.
+    FPMD-R and SAC take twice the updates of FPMD-M: a flow must become straight first, and a
+    Gaussian climbs its critics' slope.
     """
-    steps = 1_000 if script.__name__ == "fpmd_pixels_online" else 600
-    assert returns_of(run, total_timesteps=steps, eval_every=steps)["one_step"] >= 39
+    steps = 600 if script.__name__ == "fpmd_meanflow_pixels_online" else 1_000
+    settings = {"total_timesteps": steps, "eval_every": steps}
+    if script.__name__ == SAC:
+        settings["policy_lr"] = 1e-3
+    assert returns_of(script, run, **settings)["one_step"] >= 39
 
 
 @pytest.mark.slow
-def test_a_single_frame_does_not_show_velocity(run):
+def test_a_single_frame_does_not_show_velocity(script, run):
     """The wrong variant must fail, or the one above proves nothing."""
-    assert max(returns_of(run, frame_stack=1).values()) <= 37
+    assert max(returns_of(script, run, frame_stack=1).values()) <= 37
 
 
 # ------------------------------------------------------------------ with OpenGL
@@ -946,7 +1064,8 @@ def opengl():
 
 def started(script, opengl, folder, **changes):
     """The script as a user starts it, in that folder."""
-    flags = as_flags(SMALL | {"env_id": "dm_control/cartpole-swingup-v0"} | changes)
+    settings = {"env_id": "dm_control/cartpole-swingup-v0"} | changes
+    flags = as_flags(known(script, SMALL) | settings)
     return subprocess.run(
         [sys.executable, str(FILES[script.__name__]), *flags],
         cwd=folder,

@@ -68,9 +68,9 @@ class MeanAction(nn.Module):
 
     noise_shape = None
 
-    def __init__(self, policy: nn.Module):
+    def __init__(self, *networks: nn.Module):
         super().__init__()
-        self.policy = copy.deepcopy(policy).requires_grad_(False)
+        self.policy = copy.deepcopy(nn.Sequential(*networks)).requires_grad_(False)
 
     def forward(self, obs: Tensor) -> Tensor:
         """obs (B, obs_dim) -> actions in (-1, 1) (B, act_dim)."""
@@ -96,7 +96,7 @@ def actor(module: ModuleType, agent: nn.Module, args: Any) -> nn.Module:
     if module.DEPLOYED == "one_candidate":
         return Denoising(policy, module, args.prior_std).eval()
     if hasattr(module, "GaussianPolicy"):
-        return MeanAction(policy).eval()
+        return MeanAction(*networks(agent).values()).eval()
     raise ValueError(f"{module.__name__} has neither OneStepPolicy nor a policy known here")
 
 

@@ -1,0 +1,2057 @@
+"""SAC from pixels: soft actor-critic that sees three frames, with FPMD's encoder and critics.
+
+A network gives the mean and std of a Gaussian, which tanh squashes into [-1, 1]. The policy
+climbs the critics' gradient, and its own entropy, which a learnt alpha holds at -act_dim.
+Below, e ~ N(0, I), d is act_dim, and Q' are the target critics.
+The encoder is trained by the critics' loss alone. Behind it each network has a trunk of its own,
+whose output is that network's state s; from there on all is as without pixels.
+
+    random_shift   frames moved by up to 4 pixels, anew for each batch, s and s' apart
+    Encoder        h = four convolutions of K = 3 frames;  Trunk  s = tanh(LayerNorm(W h + b))
+    sample         u = mean + std e,  a = tanh(u),  log pi = log N(u; mean, std) - sum log(1 - a^2)
+    critic_loss    y = r + gamma (1 - terminated) (min(Q'_1, Q'_2)(s', a') - alpha log pi(a'|s')),
+                   (Q_j(s, a) - y)^2
+    policy_loss    alpha log pi(a|s) - min(Q_1, Q_2)(s, a)  for a new a at s
+    update_alpha   log alpha (H - H_target)  with  H = -E[log pi],  H_target = -d
+
+    python baselines/sac_pixels_online.py --env-id dm_control/walker-walk-v0
+    python baselines/sac_pixels_online.py --evaluate runs/<run>/policy.pt --eval-episodes 10
+
+Encoder, critics, frames and budget are those of fpmd_pixels_online.py, so that the comparison
+is of policies. Four parts: 1 METHOD, 2 TRAINING, 3 PLUMBING, 4 SPEED. Stop after part 2, and
+you have read the algorithm end to end, from env.step to the optimizers.
+
+Papers: SAC, https://arxiv.org/abs/1812.05905; random shifts, https://arxiv.org/abs/2107.09645
+Code: https://github.com/tianyyiii/flow_policy_iclr
+"""
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0", "numpy==2.4.6", "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0",
+#     "dm-control==1.0.50; python_version < '3.13'", "shimmy==2.0.1", "tyro==1.0.17",
+#     "tensorboard==2.21.0", "wandb==0.31.0", "tqdm==4.70.1", "imageio-ffmpeg==0.8.1",
+#     "moviepy==2.2.1",
+# ]
+# ///
+
+import atexit
+import copy
+import fcntl
+import io
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+import zipfile
+import zlib
+from collections import deque
+from collections.abc import Callable
+from contextlib import redirect_stderr, suppress
+from dataclasses import asdict, dataclass, field, make_dataclass, replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn, get_type_hints
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import Generator, Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # --- run: what is trained, for how long, and what is written down ---
+    env_id: str = "dm_control/walker-walk-v0"  # or a gymnasium id, or module:EnvId
+    env_kwargs: str = "{}"  # JSON object, arguments of the environment's constructor
+    seed: int = 1  # seeds networks, noise, replay sampling and every episode
+    total_timesteps: int = 500_000  # agent steps, over all envs; each is action_repeat frames
+    num_envs: int = 5  # parallel training environments
+    action_repeat: int = 2  # simulator steps per agent step; their rewards are summed
+    frame_stack: int = 3  # K, frames per observation, the newest last
+    image_size: int = 84  # height and width of a frame
+    camera: int | None = None  # of MuJoCo; unset: 2 for quadruped, else 0
+    shadow_size: int = 2048  # of MuJoCo's shadow map; 512: half the time without a GPU
+    exp_name: str = Path(__file__).stem  # second part of the run directory's name
+    runs_dir: str = "runs"  # where run directories are created
+    log_every: int = 1_000  # steps between rows of metrics.csv
+    eval_every: int = 25_000  # steps between evaluations, 0: never
+    eval_episodes: int = 10  # episodes per evaluation, all side by side
+    eval_max_steps: int = 10_000  # an episode of an evaluation is cut after so many steps
+    checkpoint_every: int = 100_000  # steps between checkpoints, 0: only at the end
+    capture_video: bool = False  # film an episode of every one-step evaluation
+    track: bool = False  # mirror the run to Weights & Biases
+    wandb_project_name: str = "one-step-flow-rl"  # project on Weights & Biases
+    wandb_entity: str | None = None  # team on Weights & Biases
+    resume: str | None = None  # checkpoint.pt or a run directory to go on with
+    evaluate: str | None = None  # policy.pt to replay, the mean action
+
+    # --- algorithm: defaults match FPMD's from pixels ---
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # rate of the target critics
+    batch_size: int = 256  # transitions per update, B
+    random_shift: int = 4  # pixels by which a batch's frames are moved at most
+    buffer_size: int = 500_000  # transitions the replay buffer holds, a frame each
+    learning_starts: int = 30_000  # random agent steps before learning
+    utd: float = 0.2  # update-to-data ratio: gradient updates per agent step
+    reward_scale: float = 1.0  # rewards are multiplied by this
+    encoder_lr: float = 3e-4  # Adam step size of the encoder
+    critic_lr: float = 3e-4  # Adam step size of the critics
+    critic_layer_norm: bool = False  # LayerNorm in the critics
+    critic_steps: int = 2  # Adam steps per critic gradient, as in FPMD; SAC takes 1
+    log_std_range: tuple[float, float] = (-10.0, 2.0)  # log std is clipped to this
+    policy_lr: float = 3e-4  # Adam step size of the policy
+    alpha_init: float = 0.1  # weight of the entropy at the start
+    alpha_lr: float = 3e-4  # Adam step size of log alpha
+    target_entropy_scale: float = 1.0  # alpha holds the entropy at -scale * act_dim
+    encoder_channels: int = 32  # of each convolution
+    feature_dim: int = 50  # width of a trunk's output, a network's view of the state
+    hidden_dim: int = 256  # width of the hidden layers
+
+    # --- speed: how it is computed ---
+    device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, mps
+    compile: bool = True  # compile and, on CUDA, record updates
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"  # bfloat16 in encoding too
+    torch_threads: int = 0  # CPU threads of torch, 0: at most 8
+    async_envs: bool = True  # one process per env, in training and in evaluation
+
+
+# ============ 1 METHOD: networks, acting, learning
+def linear(in_dim: int, out_dim: int, fan_in: int, bias: bool = True) -> nn.Linear:
+    """A linear layer with weights N(0, 1 / fan_in) cut at two std, as in haiku."""
+    layer = nn.Linear(in_dim, out_dim, bias=bias)
+    std = fan_in**-0.5
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def convolution(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
+    """3 x 3 without padding, its weights as those of linear."""
+    layer = nn.Conv2d(in_channels, out_channels, 3, stride)
+    std = (9 * in_channels) ** -0.5
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Encoder(nn.Module):
+    """Four convolutions: stacks of frames (B, K, size, size, 3) uint8 -> h (B, out_dim)."""
+
+    def __init__(self, obs_shape: tuple, channels: int = 32, bfloat16: bool = False):
+        super().__init__()
+        frame_stack, size, _, _ = obs_shape
+        in_channels = 3 * frame_stack
+        layers = []
+        for stride in (2, 1, 1, 1):
+            layers += [convolution(in_channels, channels, stride), nn.ReLU()]
+            in_channels = channels
+            size = (size - 3) // stride + 1
+        # a CPU convolves faster where colours stay side by side, as they are stored
+        self.layers = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+        self.out_dim = channels * size**2
+        self.bfloat16 = bfloat16
+
+    def forward(self, obs: Tensor) -> Tensor:
+        x = obs.permute(0, 1, 4, 2, 3).flatten(1, 2)  # (B, 3 K, size, size)
+        with torch.autocast(obs.device.type, torch.bfloat16, self.bfloat16):
+            h = self.layers(x.float() / 255 - 0.5)
+        return h.flatten(1).float()
+
+
+class Trunk(nn.Sequential):
+    """A network's own view of what is seen: h (B, h_dim) -> its state (B, feature_dim)."""
+
+    def __init__(self, h_dim: int, feature_dim: int):
+        first = linear(h_dim, feature_dim, fan_in=h_dim)
+        super().__init__(first, nn.LayerNorm(feature_dim), nn.Tanh())
+
+
+class FirstLayer(nn.Module):
+    """A linear layer on concatenated inputs: a sum of one linear map per input."""
+
+    def __init__(self, *input_dims: int, out_dim: int, bias: bool = True):
+        super().__init__()
+        last = len(input_dims) - 1  # one bias is enough
+        self.parts = nn.ModuleList(
+            linear(dim, out_dim, fan_in=sum(input_dims), bias=bias and i == last)
+            for i, dim in enumerate(input_dims)
+        )
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return sum(part(x) for part, x in zip(self.parts, inputs, strict=True))
+
+
+class MLP(nn.Module):
+    """So many hidden layers, Mish between (after LayerNorm, if asked) and a linear last one."""
+
+    def __init__(self, input_dims: tuple, hidden_dim: int, out_dim: int, hidden=3, norm=False):
+        super().__init__()
+        self.first = FirstLayer(*input_dims, out_dim=hidden_dim)
+        rest = []
+        for dim in [hidden_dim] * (hidden - 1) + [out_dim]:
+            if norm:
+                rest.append(nn.LayerNorm(hidden_dim))
+            rest += [nn.Mish(), linear(hidden_dim, dim, fan_in=hidden_dim)]
+        self.rest = nn.Sequential(*rest)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.rest(self.first(*inputs))
+
+
+class GaussianPolicy(nn.Module):
+    """A Gaussian over u given the state, which a trunk makes of h; the action is tanh(u)."""
+
+    def __init__(self, h_dim: int, act_dim: int, args: Args):
+        super().__init__()
+        self.act_dim = act_dim
+        self.log_std_range = args.log_std_range
+        self.trunk = Trunk(h_dim, args.feature_dim)
+        self.net = MLP((args.feature_dim,), args.hidden_dim, 2 * act_dim)
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """h (B, h_dim) -> mean and log std of u, (B, act_dim) each."""
+        mean, log_std = self.net(self.trunk(h)).chunk(2, -1)
+        return mean, log_std.clamp(*self.log_std_range)
+
+
+class QNetwork(MLP):
+    """Q(s, a): obs (B, obs_dim), actions (..., B, act_dim) -> (..., B)."""
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        return super().forward(obs, actions).squeeze(-1)
+
+
+class TwinCritic(nn.Module):
+    """Two independent action values Q_1 and Q_2, each behind a trunk of its own."""
+
+    def __init__(self, h_dim: int, act_dim: int, args: Args):
+        super().__init__()
+        self.trunks = nn.ModuleList(Trunk(h_dim, args.feature_dim) for _ in range(2))
+        sizes = (args.feature_dim, act_dim), args.hidden_dim, 1
+        self.q1 = QNetwork(*sizes, norm=args.critic_layer_norm)
+        self.q2 = QNetwork(*sizes, norm=args.critic_layer_norm)
+
+    def states(self, h: Tensor) -> Tensor:
+        """h (B, h_dim) -> what forward takes for obs (2, B, feature_dim)."""
+        return torch.stack([trunk(h) for trunk in self.trunks])
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """obs (2, B, feature_dim), actions (..., B, act_dim) -> Q (2, ..., B)."""
+        return torch.stack([self.q1(obs[0], actions), self.q2(obs[1], actions)])
+
+
+class Agent(nn.Module):
+    """All that learns: networks, log alpha, optimizers."""
+
+    counters = ("updates",)  # attributes that a checkpoint keeps
+
+    def __init__(self, obs_shape: tuple, act_dim: int, args: Args, device: torch.device):
+        super().__init__()
+        bfloat16 = args.precision == "bfloat16"
+        self.encoder = Encoder(obs_shape, args.encoder_channels, bfloat16)
+        self.policy = GaussianPolicy(self.encoder.out_dim, act_dim, args)
+        self.critic = TwinCritic(self.encoder.out_dim, act_dim, args)
+        self.acting_policy = self.policy  # no moving average: what learns is also what acts
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha_init)))
+        self.to(device)
+        self.device = device
+        self.updates = 0
+
+        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+        self.optimizers = {
+            "encoder": adam(self.encoder.parameters(), args.encoder_lr),
+            "critic": adam(self.critic.parameters(), args.critic_lr),
+            "policy": adam(self.policy.parameters(), args.policy_lr),
+            "alpha": adam([self.log_alpha], args.alpha_lr),
+        }
+
+
+# ------------ acting
+def sample(policy: nn.Module, h: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+    """Actions a = tanh(u) with u = mean + std e, and log pi(a|s).
+
+    log pi(a|s) = sum log N(e; 0, I) - log std - log(1 - a^2).
+    h (B, h_dim), noise e (B, act_dim) -> actions (B, act_dim), log_probs (B,).
+    """
+    mean, log_std = policy(h)
+    u = mean + log_std.exp() * e
+    log_probs = -0.5 * e.square() - 0.5 * math.log(2 * math.pi) - log_std  # (B, act_dim)
+    # log(1 - tanh(u)^2) in a form that stays finite where tanh(u) rounds to 1
+    log_probs = log_probs - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
+    return u.tanh(), log_probs.sum(-1)
+
+
+@torch.no_grad()
+def act_one_step(agent: Agent, obs: Tensor, _args: Args, _rng: Generator) -> Tensor:
+    """As deployed: tanh of the mean, no noise, no critic; -> actions (B, act_dim)."""
+    mean, _ = agent.acting_policy(agent.encoder(obs))
+    return mean.tanh()
+
+
+@torch.no_grad()
+def act_explore(agent: Agent, obs: Tensor, _args: Args, rng: Generator) -> Tensor:
+    """A draw from the policy, tanh(mean + std e): its own entropy is what explores."""
+    mean, log_std = agent.acting_policy(agent.encoder(obs))
+    e = torch.randn(mean.shape, generator=rng, device=obs.device)
+    return (mean + log_std.exp() * e).tanh()
+
+
+MODES = {"one_step": act_one_step, "sampled": act_explore}  # of evaluation
+DEPLOYED = "one_step"
+
+
+def cost_of(_mode: str, _args: Args) -> tuple[int, int]:
+    """Network evaluations per candidate (NFE), and candidates per action."""
+    return 1, 1
+
+
+# ------------ learning
+def random_shift(images: Tensor, pad: int, rng: Generator) -> Tensor:
+    """Every stack moved by up to pad pixels in y and x, its edges repeated: as DrQ-v2 does it.
+
+    images (B, K, size, size, 3) uint8 -> like it: a crop after padding, by index alone.
+    """
+    batch, stack, size = images.shape[:3]
+    offsets = torch.randint(-pad, pad + 1, (2, batch, 1), generator=rng, device=images.device)
+    along = torch.arange(size, device=images.device)
+    y, x = (along + offsets).clamp(0, size - 1)  # (B, size) each
+    first = torch.arange(batch * stack, device=images.device).view(batch, 1, 1, stack) * size
+    rows = (first + y[:, :, None, None]) * size
+    pixels = rows + x[:, None, :, None]  # (B, size, size, K): frames side by side, as colours
+    shifted = images.reshape(-1, 3).index_select(0, pixels.flatten())
+    return shifted.view(batch, size, size, stack, 3).permute(0, 3, 1, 2, 4)
+
+
+def critic_loss(
+    critic, target_critic, batch: dict, next_actions: Tensor, bonus: Tensor, args: Args
+):
+    """Clipped double-Q: loss and Q (2, B); only termination ends bootstrapping.
+
+    next_actions a' (B, act_dim) and their entropy bonus -alpha log pi(a'|s') (B,).
+    """
+    with torch.no_grad():
+        next_v = target_critic(batch["next_obs"], next_actions).amin(0) + bonus  # (B,)
+        bootstrap = args.gamma * (1 - batch["terminations"])
+        y = args.reward_scale * batch["rewards"] + bootstrap * next_v
+    q = critic(batch["obs"], batch["actions"])  # (2, B)
+    return (q - y).square().mean(1).sum(), q.detach()
+
+
+def policy_loss(policy, critic, h: Tensor, states: Tensor, e: Tensor, alpha: Tensor):
+    """Mean of alpha log pi(a|s) - min(Q_1, Q_2)(s, a) for a from noise e (B, act_dim), and H.
+
+    The gradient reaches the policy through a, so it is the critics' slope that improves it.
+    """
+    actions, log_probs = sample(policy, h, e)
+    q = critic(states, actions).amin(0)  # (B,)
+    return (alpha * log_probs - q).mean(), -log_probs.mean()
+
+
+def move_towards(slow: nn.Module, fast: nn.Module, tau: float) -> None:
+    """Exponential moving average: slow <- (1 - tau) slow + tau fast."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), tau)
+
+
+def update_critic(
+    agent: Agent, batch: dict, h, next_h, next_actions, bonus: Tensor, args: Args
+) -> dict:
+    """Adam step of the encoder and steps of the critics on one gradient; h (B, h_dim) is of obs."""
+    with torch.no_grad():
+        next_states = agent.target_critic.states(next_h)
+    states = agent.critic.states(h)  # (2, B, feature_dim)
+    batch = batch | {"obs": states, "next_obs": next_states}
+    loss, q = critic_loss(agent.critic, agent.target_critic, batch, next_actions, bonus, args)
+    for name in "encoder", "critic":
+        agent.optimizers[name].zero_grad()
+    loss.backward()
+    agent.optimizers["encoder"].step()
+    for _ in range(args.critic_steps):
+        agent.optimizers["critic"].step()
+    return {"losses/critic_loss": loss.detach(), "losses/q_values": q.mean()}
+
+
+def update_policy(agent: Agent, h: Tensor, e: Tensor, alpha: Tensor, loss_fn=None) -> dict:
+    """Adam step on new actions from noise e (B, act_dim); loss_fn may be policy_loss compiled."""
+    with torch.no_grad():
+        states = agent.critic.states(h)
+    loss, entropy = (loss_fn or policy_loss)(agent.policy, agent.critic, h, states, e, alpha)
+    agent.optimizers["policy"].zero_grad()
+    loss.backward(inputs=list(agent.policy.parameters()))  # through the critics, not into them
+    agent.optimizers["policy"].step()
+    return {"losses/policy_loss": loss.detach(), "policy/entropy": entropy.detach()}
+
+
+def update_alpha(agent: Agent, entropy: Tensor, args: Args) -> None:
+    """Adam step on log_alpha (H - H_target): alpha grows as long as the entropy is too low."""
+    agent.log_alpha.grad = entropy + args.target_entropy_scale * agent.policy.act_dim
+    agent.optimizers["alpha"].step()
+
+
+def update(agent, batch: dict, args: Args, rng, _improve_policy=True, loss_fn=None) -> dict:
+    """One gradient update from a batch of (B, ...) tensors; returns scalars for the log."""
+    # what changes between calls is a tensor, so that a CUDA graph can record an update
+    images = random_shift(batch["obs"], args.random_shift, rng)
+    next_images = random_shift(batch["next_obs"], args.random_shift, rng)
+    alpha = agent.log_alpha.detach().exp()
+    shape = (2, len(images), agent.policy.act_dim)
+    e, next_e = torch.randn(shape, generator=rng, device=images.device)
+    with torch.no_grad():  # only the critics' loss reaches the encoder
+        next_h = agent.encoder(next_images)
+        actions, log_probs = sample(agent.policy, next_h, next_e)
+    h = agent.encoder(images)  # (B, h_dim), of the encoder before its step, also for the policy
+    metrics = update_critic(agent, batch, h, next_h, actions, -alpha * log_probs, args)
+    metrics |= update_policy(agent, h.detach(), e, alpha, loss_fn)
+    update_alpha(agent, metrics["policy/entropy"], args)
+    move_towards(agent.target_critic, agent.critic, args.tau)
+    return metrics | {"policy/alpha": alpha}
+
+
+def prepare_update(_agent: Agent, _args: Args) -> bool:
+    """Say whether the update at hand improves the policy: all of SAC's do."""
+    return True
+
+
+def follow_steps(_agent: Agent, _args: Args, _global_step: int) -> None:
+    """What environment steps drive, not updates: nothing in SAC."""
+
+
+# ============ 2 TRAINING: buffer, evaluation, the loop; the same in every script
+class ReplayBuffer:
+    """Ring buffer of transitions that name their frames; each frame is stored once, as uint8.
+
+    Frames are counted as they come, and frame number f lies in slot f modulo the ring's length.
+    A transition holds K + 1 numbers: its obs, oldest first, and the frame that followed. It counts
+    for sampling until its oldest frame is overwritten, which may be before its row is: every
+    episode brings one frame more than transitions.
+    """
+
+    def __init__(self, args: Args, obs_shape: tuple, act_dim: int, device: torch.device):
+        stack, *picture = obs_shape
+        steps = args.buffer_size // args.num_envs  # of all envs at once
+        size = steps * args.num_envs
+        self.num_envs = args.num_envs
+        # a CPU gives memory where it is written to, and not before
+        self.frames = torch.empty((frames_held(args), *picture), dtype=torch.uint8, device=device)
+        self.numbers = torch.empty((size, stack + 1), dtype=torch.int32, device=device)
+        self.rows = torch.empty((size, act_dim + 2), device=device)
+        self.position = 0
+        self.written = 0  # frames so far
+        self.oldest = deque(maxlen=steps)  # lowest frame number of each step that counts
+        # per env, the frames of its next obs; unknown where an episode begins
+        self.stacks = np.zeros((args.num_envs, stack), int)
+        self.begins = np.full(args.num_envs, True)
+        self.pieces = []  # of frames.bin: first number, end, checksum
+
+    @property
+    def size(self) -> int:
+        return len(self.oldest) * self.num_envs
+
+    def store(self, frames: np.ndarray) -> np.ndarray:
+        """Store frames (n, size, size, 3), and return their numbers (n,)."""
+        numbers = self.written + np.arange(len(frames))
+        slots = torch.from_numpy(numbers % len(self.frames)).to(self.frames.device)
+        self.frames[slots] = torch.from_numpy(frames).to(slots.device)
+        self.written += len(frames)
+        return numbers
+
+    def add(self, obs, actions, rewards, next_obs, terminations, ends) -> None:
+        """Store a transition per env: arrays (num_envs, ...); ends: no more of this episode."""
+        for i in np.flatnonzero(self.begins):
+            for k, frame in enumerate(obs[i]):
+                # an episode's first stack repeats one frame
+                if k == 0 or not np.array_equal(frame, obs[i, k - 1]):
+                    self.store(frame[None])
+                self.stacks[i, k] = self.written - 1
+        newest = self.store(next_obs[:, -1])
+        numbers = np.column_stack([self.stacks, newest])  # (num_envs, K + 1)
+        rows = np.column_stack([actions, rewards, terminations]).astype(np.float32)
+        index = slice(self.position, self.position + self.num_envs)
+        self.numbers[index] = torch.from_numpy(numbers)
+        self.rows[index] = torch.from_numpy(rows)
+        self.position = (self.position + self.num_envs) % len(self.rows)
+        self.stacks = numbers[:, 1:]
+        self.begins = ends.copy()
+        self.oldest.append(int(numbers.min()))
+        while self.oldest[0] < self.written - len(self.frames):
+            self.oldest.popleft()
+
+    def sample(self, batch_size: int, rng: Generator) -> dict[str, Tensor]:
+        """Uniformly, with replacement: tensors (batch_size, ...)."""
+        age = torch.randint(self.size, (batch_size,), generator=rng, device=rng.device)
+        index = (self.position - 1 - age) % len(self.rows)
+        frames = self.frames[self.numbers[index] % len(self.frames)]  # (B, K + 1, size, size, 3)
+        rows = self.rows[index]
+        outcome = {"rewards": rows[:, -2], "terminations": rows[:, -1]}
+        return {"obs": frames[:, :-1], "actions": rows[:, :-2], "next_obs": frames[:, 1:]} | outcome
+
+
+def evaluate(act: Callable, agent: Agent, envs, args: Args, frames=None, stop=()):
+    """An episode per env: returns, successes (NaN: unknown), cut at the limit?, (num_envs,)."""
+    rng = Generator(agent.device).manual_seed(args.seed)  # all evaluations start alike
+    obs, _ = envs.reset(seed=[2 * args.seed + 1] * envs.num_envs)  # odd; each env adds its index
+    running = np.full(envs.num_envs, True)
+    returns = np.zeros(envs.num_envs)
+    successes = np.full(envs.num_envs, np.nan)
+    steps = 0
+    while running.any() and steps < args.eval_max_steps and not stop:
+        if frames is not None and running[0]:
+            frames.append(envs.picture())
+        actions = act(agent, torch.as_tensor(obs, device=agent.device), args, rng)
+        obs, rewards, terminations, truncations, infos = envs.step(actions.cpu().numpy())
+        returns[running] += rewards[running]
+        ended = running & (terminations | truncations)
+        successes[ended] = infos["successes"][ended]
+        running &= ~ended
+        steps += 1
+    return returns, successes, running
+
+
+def updates_due(args: Args, global_step: int) -> int:
+    """Gradient updates that belong to this many environment steps."""
+    return int(args.utd * (global_step - args.learning_starts) + 1e-9)  # 0.29 * 100 is 29
+
+
+def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng, obs) -> None:
+    """Act, learn, step, store, from obs (num_envs, ...); run counts, logs and saves."""
+    explore, improve = act_explore, update
+    if args.compile:
+        explore, improve = accelerate(agent, explore, improve, args)  # the same, faster
+    while not run.finished():
+        # act: uniformly at random at first, then with exploration noise
+        if run.global_step < args.learning_starts:
+            actions = 2 * torch.rand(envs.action_space.shape, generator=rng, device=rng.device) - 1
+        else:
+            states = torch.as_tensor(obs).to(agent.device, non_blocking=True)
+            actions = explore(agent, states, args, rng)
+        actions = actions.cpu().numpy()
+        run.begin_step()
+        envs.step_async(actions)  # with --async-envs the simulators work from here on
+
+        # learn from what is stored so far; GPU or processes overlap it with the simulators
+        while agent.updates < updates_due(args, run.global_step):
+            improve_policy = prepare_update(agent, args)
+            batch = buffer.sample(args.batch_size, rng)
+            run.metrics |= improve(agent, batch, args, rng, improve_policy)
+            agent.updates += 1
+        follow_steps(agent, args, run.global_step)
+
+        # step, store: where an episode ended, next_obs already belongs to the one after it
+        next_obs, rewards, terminations, truncations, infos = envs.step_wait()
+        run.metrics |= infos["charts"]  # return and length of an episode that has ended
+        outcome = {"rewards": rewards, "next_obs": infos["last_obs"], "terminations": terminations}
+        buffer.add(obs=obs, actions=actions, ends=terminations | truncations, **outcome)
+        obs = next_obs
+        run.after_step()  # log, evaluate, save
+
+
+# ============ 3 PLUMBING: environments, files, arguments; the same in every script
+def fail(message: str, status: int = 2) -> NoReturn:
+    """End in one line on stderr: status 2 refuses bad input, 1 is a failure in mid-run."""
+    with suppress(OSError):  # nobody may be there to read it
+        line = " ".join(message.split())[:900]
+        print(f"{Path(__file__).name}: error: {line}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def warn(message: str) -> None:
+    """One line on stderr about a run that goes on."""
+    tqdm.write(f"{Path(__file__).name}: warning: {message}", file=sys.stderr)
+
+
+def say(line: str) -> None:
+    """Print above the progress bar, at once: into a file, Python would hold it back."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+class EnvironmentFailure(RuntimeError):
+    """What comes from an environment cannot be used, or nothing comes any more."""
+
+
+class SeededEpisodes(gym.Wrapper):
+    """An environment with stacked uint8 frames, whose every episode is seeded.
+
+    An episode's seed and actions rebuild it exactly, as no state can.
+    """
+
+    def __init__(self, env: gym.Env, index: int):
+        super().__init__(env)
+        self.index = index
+        self.first_seed = 0
+        self.count = 0  # episodes begun since that seed
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.first_seed = seed
+            self.count = 0
+        self.count += 1
+        key = (self.first_seed, self.index, self.count)
+        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+        what = "reset"
+        try:
+            obs, _ = self.env.reset(seed=seed, options=options)
+            what = "observation"
+            return self.flatten(obs), {}
+        except (Exception, SystemExit) as error:
+            raise self.failure(what, error) from error
+
+    def step(self, action: np.ndarray):
+        what = "step"
+        try:
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            what = "reward"
+            reward = np.asarray(reward, float).item()  # some have shape (1,)
+            what = "termination or truncation"
+            ends = [(False, True).index(end) for end in (terminated, truncated)]
+            what = "observation"
+            obs = self.flatten(obs)
+            what = "success"
+            outcome = {}
+            # what nobody reads would cost a vector env a tenth of a step
+            if any(ends):
+                success = info.get("success", info.get("is_success", math.nan))
+                outcome["success"] = np.asarray(success, float).item()
+        except (Exception, SystemExit) as error:
+            raise self.failure(what, error) from error
+        return obs, reward, bool(ends[0]), bool(ends[1]), outcome
+
+    def flatten(self, obs) -> np.ndarray:
+        """Frames as they are: (K, size, size, 3) uint8."""
+        if obs.dtype != np.uint8 or obs.shape != self.observation_space.shape:
+            raise ValueError(f"{obs.dtype} {obs.shape} instead of {self.observation_space}")
+        return obs
+
+    def failure(self, what: str, error: BaseException) -> EnvironmentFailure:
+        return EnvironmentFailure(f"environment {self.index}, {what}: {reason(error)}")
+
+    def play_back(self, episodes: list[dict]) -> tuple[np.ndarray, bool]:
+        """Rebuild this env's running episode; where it stands, and whether it still runs."""
+        saved = episodes[self.index]
+        self.first_seed = saved["seed"]
+        self.count = saved["count"] - 1
+        obs, _ = self.reset()
+        for action in saved["actions"].numpy():
+            obs, _, terminated, truncated, _ = self.step(action)
+            if terminated or truncated:
+                return self.reset()[0], False
+        return obs, True
+
+
+class GuardedEnvs(gym.vector.VectorWrapper):
+    """The one door for what environments return: checked, counted, recorded for a resume.
+
+    infos of a step hold last_obs (num_envs, ...), the observations before an autoreset,
+    successes (num_envs,), NaN where an episode goes on or does not say, and charts for the log.
+    """
+
+    def __init__(self, env: gym.vector.VectorEnv):
+        super().__init__(env)
+        self.processes = getattr(env, "processes", [])
+        self.obs_shape = env.single_observation_space.shape
+        self.act_dim = env.single_action_space.shape[0]
+        self.action_bounds = self.guard(env.get_attr, "action_bounds")[0]
+        self.actions = None  # sent, not yet answered
+        # processes that do not hear SIGTERM would hang the interpreter's exit
+        atexit.register(self.close)
+
+    def reset(self, *, seed: list[int], options=None):
+        obs, _ = self.guard(self.env.reset, seed=seed, options=options)
+        self.returns = np.zeros(self.num_envs)
+        self.lengths = np.zeros(self.num_envs, int)
+        self.refuse_bad_numbers(obs, self.returns)
+        self.episodes = [{"seed": int(x), "count": 1, "actions": []} for x in seed]
+        self.obs = obs
+        return obs, {}
+
+    def step(self, actions: np.ndarray):
+        self.step_async(actions)
+        return self.step_wait()
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self.actions = actions
+        if self.processes:
+            self.guard(self.env.step_async, actions)
+
+    def step_wait(self):
+        if self.processes:
+            transition = self.guard(self.env.step_wait)
+        else:
+            transition = self.guard(self.env.step, self.actions)
+        obs, rewards, terminations, truncations, infos = transition
+        ended = np.flatnonzero(terminations | truncations)
+        last_obs = obs
+        successes = np.full(self.num_envs, np.nan)
+        self.lengths += 1
+        if len(ended):
+            last_obs = obs.copy()
+            for i in ended:
+                last_obs[i] = infos["final_obs"][i]
+                successes[i] = infos["final_info"]["success"][i]
+            self.refuse_bad_numbers(last_obs, rewards)
+        self.refuse_bad_numbers(obs, rewards)
+        self.returns += rewards
+        for episode, action in zip(self.episodes, self.actions, strict=True):
+            episode["actions"].append(action)
+        outcome = {"last_obs": last_obs, "successes": successes, "charts": {}}
+        for i in ended:
+            outcome["charts"]["charts/episodic_return"] = float(self.returns[i])
+            outcome["charts"]["charts/episodic_length"] = float(self.lengths[i])
+            self.begin_episode(i)
+        self.obs = obs
+        self.actions = None
+        return obs, rewards, terminations, truncations, outcome
+
+    def begin_episode(self, i: int) -> None:
+        self.episodes[i] |= {"count": self.episodes[i]["count"] + 1, "actions": []}
+        self.returns[i] = 0
+        self.lengths[i] = 0
+
+    def guard(self, function: Callable, *args, **options):
+        """Call it; whatever goes wrong is the environment's failure."""
+        try:
+            return function(*args, **options)
+        except (EOFError, OSError) as error:
+            died = f"the process of an environment has died ({reason(error)})"
+            raise EnvironmentFailure(died) from error
+        except EnvironmentFailure:
+            raise
+        except Exception as error:
+            raise EnvironmentFailure(reason(error)) from error
+
+    def refuse_bad_numbers(self, obs: np.ndarray, rewards: np.ndarray) -> None:
+        """NaN, infinity and what float32 cannot hold must not reach the buffer."""
+        # two products are cheap; a large one is looked at closely
+        if math.isfinite(np.vdot(obs, obs) + np.vdot(rewards, rewards)):
+            return
+        for name, values in {"observation": obs, "reward": rewards[:, None]}.items():
+            bad = ~(np.abs(values) <= np.finfo(np.float32).max)
+            for i, j in np.argwhere(bad)[:1]:
+                what = f"{values[i, j]} in {name} {j}".replace("nan", "NaN")
+                at = f"at step {self.lengths[i]} of its episode"
+                raise EnvironmentFailure(f"environment {i} returned {what} {at}")
+
+    def picture(self) -> np.ndarray:
+        """The first env's newest frame, which is rendered already: (size, size, 3)."""
+        return self.obs[0, -1]
+
+    def state(self) -> dict:
+        """What restore needs."""
+        episodes = []
+        for episode in self.episodes:
+            actions = np.array(episode["actions"], np.float32).reshape(-1, self.act_dim)
+            episodes.append(episode | {"actions": torch.from_numpy(actions)})
+        arrays = {"obs": self.obs, "returns": self.returns, "lengths": self.lengths}
+        tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+        return tensors | {"episodes": episodes}
+
+    def restore(self, saved: dict) -> np.ndarray:
+        """Play back the running episodes; what then stands elsewhere is said: (num_envs,)."""
+        self.reset(seed=[episode["seed"] for episode in saved["episodes"]])
+        played = self.guard(self.env.call, "play_back", saved["episodes"])
+        self.obs = np.stack([obs for obs, _ in played])
+        self.returns[:] = saved["returns"]
+        self.lengths[:] = saved["lengths"]
+        for i, episode in enumerate(saved["episodes"]):
+            self.episodes[i] = episode | {"actions": list(episode["actions"].numpy())}
+            if not played[i][1]:
+                self.begin_episode(i)
+        moved = (self.obs != saved["obs"].numpy()).reshape(self.num_envs, -1).any(1)
+        if moved.any():
+            which = f"environments {np.flatnonzero(moved)} did not play back as recorded"
+            warn(f"{which}: the run goes on from another state")
+        return moved
+
+    def close(self, **_options) -> None:
+        """End the processes, were they busy or dead."""
+        atexit.unregister(self.close)
+        if self.env.closed:
+            return
+        with suppress(Exception):  # the run is over, whatever an env says to it
+            if self.actions is None or not self.processes:
+                self.env.close()
+        for process in self.processes:
+            process.kill()
+        self.env.closed = True
+
+
+def refuse_actions(env_id: str, space: gym.Space) -> None:
+    """Numbers within bounds that can be rescaled will do."""
+    if not isinstance(space, gym.spaces.Box) or space.dtype.kind != "f" or space.low.size == 0:
+        fail(f"{env_id} has actions {space}; only a Box of bounded floats will do")
+    for i, (low, high) in enumerate(zip(space.low.flat, space.high.flat, strict=True)):
+        if not -1e6 <= low < high <= 1e6:
+            fail(f"{env_id} has bounds {low}, {high} of action {i}; they must rise, within 1e6")
+
+
+def refuse_frames(env_id: str, space: gym.Space, args: Args) -> None:
+    """Square pictures of the size that was asked for will do."""
+    height = (*space.shape, 0)[0]
+    if space.dtype != np.uint8 or space.shape != (height, height, 3):
+        fail(f"{env_id} renders {space.dtype} {space.shape}; only square RGB of bytes will do")
+    if height != args.image_size:
+        cure = "only MuJoCo's size can be set; --env-kwargs may know how to set another's"
+        fail(f"--image-size is {args.image_size}, but {env_id} renders {height} pixels: {cure}")
+
+
+def load_simulator(env_id: str) -> None:
+    """Register what gymnasium does not know by itself."""
+    # `module:Id` is also looked for where the user stands
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        # else dm_control warns
+        os.environ.setdefault("MUJOCO_GL", "disable")
+    if not env_id.startswith("dm_control/"):
+        return
+    mujoco = metadata.version("mujoco")
+    if int(mujoco.split(".")[0]) >= 4:
+        cure = "pip install 'mujoco>=3.17,<4'"
+        fail(f"{env_id} needs mujoco below 4, not {mujoco}: {cure}")
+    try:
+        import dm_control  # noqa: F401
+        import shimmy  # noqa: F401  registers the ids, in every process
+    except ImportError as error:
+        cure = "pip install dm-control shimmy, with Python below 3.13"
+        fail(f"{env_id} needs more: {cure} ({error})")
+
+
+def is_mujoco(env_id: str) -> bool:
+    """Whether MuJoCo draws it, whose pictures have the size one asks for."""
+    spec = gym.registry.get(env_id)
+    return env_id.startswith("dm_control/") or "mujoco" in str(spec and spec.entry_point)
+
+
+def choose_camera(env_id: str, args: Args) -> int:
+    """As the authors: quadruped's camera 0 is far away."""
+    if args.camera is not None:
+        return args.camera
+    return 2 if env_id.startswith("dm_control/quadruped-") else 0
+
+
+def prepare_mujoco(raw: gym.Env, env_id: str, args: Args) -> None:
+    """Camera, shadows and memory of pictures; before the first one, or they stay as they are."""
+    camera = choose_camera(env_id, args)
+    model = raw._env.physics.model if env_id.startswith("dm_control/") else raw.model
+    if args.camera is not None and camera >= model.ncam:
+        raise ValueError(f"--camera {camera} is not there: it has {model.ncam}")
+    model.vis.quality.shadowsize = args.shadow_size
+    model.vis.global_.offwidth = args.image_size
+    model.vis.global_.offheight = args.image_size
+    if hasattr(raw, "mujoco_renderer") and model.ncam:
+        raw.mujoco_renderer.camera_id = camera
+
+
+def picture_options(env_id: str, args: Args) -> dict:
+    size = {"height": args.image_size, "width": args.image_size}
+    if env_id.startswith("dm_control/"):
+        return {"render_kwargs": size | {"camera_id": choose_camera(env_id, args)}}
+    return size if is_mujoco(env_id) else {}
+
+
+def near_ids(env_id: str, error: BaseException) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4)
+    known = near and isinstance(error, gym.error.UnregisteredEnv)
+    return f" Ids near it: {', '.join(near)}" if known else ""
+
+
+def make_env(env_id: str, index: int = 0, args: Args | None = None) -> gym.Env:
+    """Stacks of frames (K, size, size, 3) uint8, actions (act_dim,) in [-1, 1]; else refused."""
+    args = args or Args()
+    gym.logger.min_level = gym.logger.ERROR + 1  # papers report the outdated v4
+    warnings.filterwarnings("ignore", ".*overflow encountered.*")  # then refused as infinite
+    if torch.multiprocessing.parent_process():
+        for signum in STOPPING:  # they are for the run, which then ends this process
+            signal.signal(signum, signal.SIG_IGN)
+    options = {"render_mode": "rgb_array"} | json.loads(args.env_kwargs)
+    options |= picture_options(env_id, args)
+    choose_opengl(env_id)
+    load_simulator(env_id)
+    mujoco = sys.modules.get("mujoco") if index else None
+    if mujoco:  # the first env has shown what it says
+        mujoco.set_mju_user_warning(lambda _: None)
+    wrappers = gym.wrappers
+    try:
+        env = gym.make(env_id, **options)
+        if is_mujoco(env_id):
+            prepare_mujoco(env.unwrapped, env_id, args)
+        # repeated inside: only the last step is rendered
+        env = wrappers.RepeatAction(env, args.action_repeat)
+        env = wrappers.AddRenderObservation(env, render_only=True)
+    except (Exception, SystemExit) as error:  # a module of others runs here
+        fail(f"cannot make {env_id!r} with pictures: {reason(error)}{near_ids(env_id, error)}")
+    warnings.filterwarnings("ignore", ".*torch.jit.*")  # dm_control has turned all on
+    if mujoco:
+        mujoco.set_mju_user_warning(None)
+    refuse_actions(env_id, env.action_space)
+    refuse_frames(env_id, env.observation_space, args)
+    env = wrappers.FrameStackObservation(env, args.frame_stack)
+    bounds = np.float32([env.action_space.low, env.action_space.high])
+    env = wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    shape = env.action_space.shape
+    if len(shape) != 1:
+        flat = gym.spaces.flatten_space(env.action_space)
+        env = wrappers.TransformAction(env, lambda action: action.reshape(shape), flat)
+    fps = env.metadata.get("render_fps") or 30
+    if hasattr(env.unwrapped, "dt"):  # dm_control's metadata are wrong
+        fps = 1 / env.unwrapped.dt
+    env.metadata = env.metadata | {"render_fps": fps / args.action_repeat}
+    env = SeededEpisodes(env, index)
+    env.action_bounds = bounds  # in its own units
+    return env
+
+
+def make_envs(args: Args, n: int) -> GuardedEnvs:
+    """A vector env whose last step of an episode returns the next one's first obs."""
+    makers = [partial(make_env, args.env_id, i, args) for i in range(n)]
+    vector = gym.vector.SyncVectorEnv
+    if args.async_envs:
+        # a fork of a process that has rendered hangs, and the parent of these has
+        vector = partial(gym.vector.AsyncVectorEnv, context="forkserver")
+    # a signal waits until all processes are known, so that none is left behind
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        return GuardedEnvs(vector(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def try_out(envs: GuardedEnvs, film: bool) -> None:
+    """A reset, a step and a picture, before anything is written; else refuse."""
+    try:
+        envs.reset(seed=[0] * envs.num_envs)
+        envs.step(np.zeros(envs.action_space.shape, np.float32))
+        if film:
+            envs.picture()
+    except EnvironmentFailure as error:
+        fail(str(error))
+
+
+def choose_opengl(env_id: str) -> None:
+    """Render without a screen, through EGL unless MUJOCO_GL says otherwise."""
+    if "DISPLAY" in os.environ:
+        return
+    # mujoco reads this once, when it is imported
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    if not is_mujoco(env_id) or torch.multiprocessing.parent_process():
+        return
+    try:
+        import mujoco
+
+        mujoco.GLContext(8, 8).free()
+    except Exception:  # each library fails in its own way
+        install = "apt-get install libegl1 libegl-mesa0"
+        fail(f"pixels of {env_id} need OpenGL: {install}, or set MUJOCO_GL to egl or osmesa")
+
+
+def write_video(frames: list, env: gym.Env, file: Path) -> None:
+    """Write one episode of env to <file>-episode-0.mp4."""
+    from gymnasium.utils.save_video import save_video  # slow to import
+
+    # dm_control has a clock alone
+    fps = env.metadata.get("render_fps") or 1 / getattr(env.unwrapped, "dt", 1 / 30)
+    save_video(frames, file.parent, lambda _: True, name_prefix=file.name, fps=fps)
+
+
+def versions() -> dict:
+    """Of all that a bit-exact resume depends on."""
+    found = {"python": sys.version.split()[0]}
+    for package in "torch", "gymnasium", "mujoco", "dm-control", "numpy":
+        with suppress(metadata.PackageNotFoundError):  # dm-control may be missing
+            found[package] = metadata.version(package)
+    return found
+
+
+def describe_machine(device: torch.device) -> dict:
+    """Versions, commit and hardware."""
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = ""
+    with suppress(OSError):  # no git
+        here = Path(__file__).resolve().parent
+        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout
+    name = sys.platform
+    cpuinfo = Path("/proc/cpuinfo")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(": ")[1]
+    machine = {"commit": commit.strip(), "device": name, "threads": torch.get_num_threads()}
+    return versions() | machine
+
+
+def make_run_dir(args: Args, device: torch.device) -> Path:
+    """Make runs/<env>__<exp>__<seed>__<time>; mkdir fails rather than share one."""
+    now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
+    run_dir = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
+    if len(os.fsencode(run_dir.name)) > 255:
+        fail(f"--exp-name gives a name of more than 255 bytes: {run_dir.name}")
+    try:
+        run_dir.mkdir(parents=True)
+        write_json(run_dir / "versions.json", describe_machine(device))
+    except OSError as error:
+        fail(f"cannot make the run directory {run_dir}: {error.strerror}")
+    return run_dir
+
+
+def lock(run_dir: Path):
+    """Keep a run directory to this process, until it ends; returns what must stay open."""
+    file = (run_dir / ".lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{run_dir} is in use by another process")
+    except OSError:  # some network file systems know no locks
+        warn(f"{run_dir} cannot be locked; keep other processes away from it")
+    return file
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside it, to the disk, then replace: a crash leaves the old file whole."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write(part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda part: part.write_text(text))
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def rows_on_record(path: Path, global_step: int) -> list[dict[str, str]]:
+    """A table's rows up to global_step; a resumed run repeats later ones, and a torn one."""
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
+    header, *table = [line.rstrip("\n").split(",") for line in lines] or [[]]
+    kept = [cells for cells in table if int(cells[0]) <= global_step]
+    return [dict(zip(header, cells, strict=True)) for cells in kept]
+
+
+def as_text(rows: list[dict[str, str]]) -> str:
+    """The table of rows with the same columns."""
+    table = [rows[0].keys(), *[row.values() for row in rows]]
+    return "".join(",".join(cells) + "\n" for cells in table)
+
+
+def steps_of(args: Args) -> int:
+    """Length of the run in environment steps."""
+    return args.total_timesteps
+
+
+def phases(_args: Args) -> tuple[int, ...]:
+    """Steps at which a part of the run ends, before its last one: none."""
+    return ()
+
+
+@dataclass
+class Run:
+    """How far a run is, and all that it writes."""
+
+    args: Args
+    agent: Agent
+    buffer: ReplayBuffer
+    envs: GuardedEnvs
+    eval_envs: GuardedEnvs
+    rng: Generator
+    stop: "StopSignal"
+
+    def __post_init__(self):
+        args = self.args
+        self.stopped = False
+        self.sound = True  # nothing is half done
+        self.global_step = 0
+        self.saved_step = None  # of the checkpoint on disk
+        self.recorded = set()  # tables' rows of this step that exist already
+        self.reports_success = False
+        self.tables = {}  # a resumed run's rows
+        self.start = time.time()
+        names = "charts/episodic_return", "charts/episodic_length", "charts/SPS"
+        self.metrics = dict.fromkeys([*names, *METRICS], math.nan)
+        if args.resume:
+            file, saved = load(args.resume, "checkpoint.pt")
+            refuse_changes(args, saved, self.rng.device)
+            self.dir = file.parent
+            self.restore(file, saved)
+            self.read_record()
+        else:
+            # even: evaluation has the odd seeds
+            self.envs.reset(seed=[2 * args.seed] * self.envs.num_envs)
+            self.dir = make_run_dir(args, self.rng.device)
+        self.lock = lock(self.dir)
+        self.commit = describe_machine(self.rng.device)["commit"]
+        self.take_stock()
+
+    def read_record(self) -> None:
+        """Which rows the tables hold; what a signal or a crash left out is done first."""
+        for name in "metrics", "evaluations":
+            path = self.dir / f"{name}.csv"
+            try:
+                self.tables[name] = rows_on_record(path, self.global_step)
+            except (OSError, ValueError, KeyError) as error:
+                fail(f"{path} is damaged: {reason(error)}")
+            for row in self.tables[name]:
+                if int(row["global_step"]) == self.global_step:
+                    self.recorded.add(row.get("mode", name))
+                self.reports_success |= bool(row.get("success_rate"))
+
+    def open(self) -> None:
+        """Open what is written to; after a resume, tables and charts agree with the checkpoint."""
+        args = self.args
+        for part in self.dir.glob("*.tmp"):
+            if re.search(r"\.(pt|csv|json)\.\d+\.tmp$", part.name):  # a kill's, amid write_whole
+                part.unlink()
+        write_json(self.dir / "args.json", asdict(args))
+        if args.track:
+            import wandb
+
+            wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                id=self.dir.name,
+                resume="allow",
+                config=asdict(args),
+                sync_tensorboard=True,
+            )
+            wandb.save(f"{self.dir}/videos/*.mp4", base_path=self.dir)
+        # 0: charts are drawn anew from the tables, since a kill loses what was not yet flushed
+        self.writer = SummaryWriter(self.dir, purge_step=0)
+        for name, rows in self.tables.items():
+            table = self.dir / f"{name}.csv"
+            if rows:
+                write_text(table, as_text(rows))
+            else:
+                table.unlink(missing_ok=True)
+            for row in rows:
+                self.plot(row)
+        self.told = (time.time(), self.global_step)
+        self.bar = tqdm(
+            total=args.total_timesteps,
+            initial=self.global_step,
+            unit="step",
+            disable=None,
+        )
+
+    def at_last_step(self) -> bool:
+        return self.global_step + self.envs.num_envs > steps_of(self.args)
+
+    def finished(self) -> bool:
+        return self.at_last_step() or self.stopped
+
+    def due(self, every: int) -> bool:
+        """Every so many steps, and at the end of a phase; 0: there alone."""
+        passed = every > 0 and self.global_step % every < self.envs.num_envs
+        return passed or self.global_step in phases(self.args) or self.at_last_step()
+
+    def missing(self) -> list[str]:
+        """Rows due at this step that are not on record: a table, or modes of evaluation."""
+        names = []
+        if self.global_step > 0 and self.due(self.args.log_every):
+            names.append("metrics")
+        if self.global_step > 0 and self.args.eval_every and self.due(self.args.eval_every):
+            names += MODES
+        return [name for name in names if name not in self.recorded]
+
+    def begin_step(self) -> None:
+        """Count it; until after_step the agent is ahead of what is stored."""
+        self.global_step += self.envs.num_envs
+        self.sound = False
+
+    def after_step(self) -> None:
+        self.sound = True
+        self.recorded.clear()
+        self.bar.update(self.envs.num_envs)
+        self.work()
+
+    def take_stock(self) -> dict:
+        """The first columns of every table, at a step that is complete."""
+        self.now = {
+            "global_step": self.global_step,
+            "updates": self.agent.updates,
+            "wall_time": round(time.time() - self.start, 3),
+        }
+        return self.now
+
+    def work(self) -> None:
+        """Log, save, evaluate: what is due and not on record, after a resume as after a step."""
+        self.take_stock()
+        missing = self.missing()
+        if "metrics" in missing:
+            self.log()
+        # decided here: a later signal waits for the next step
+        self.stopped = bool(self.stop)
+        if self.stopped or self.due(self.args.checkpoint_every):
+            self.save()
+        for mode in MODES:
+            if mode in missing and not self.stopped:
+                self.evaluate_mode(mode)
+                self.stopped = bool(self.stop)
+        if self.stopped:
+            self.save()
+        self.show_progress()
+
+    def refuse_divergence(self) -> None:
+        """End a run that diverged before it replaces its last good checkpoint."""
+        self.metrics = {name: float(value) for name, value in self.metrics.items()}
+        computed = self.agent.state_dict()
+        if self.agent.updates:
+            computed |= self.metrics
+        for name, value in computed.items():
+            finite = torch.as_tensor(value).isfinite().all()
+            if not finite and not name.startswith("charts/"):
+                where = f"{name} is NaN or infinite at step {self.global_step}"
+                raise SystemExit(f"diverged: {where}; {self.what_is_saved()}")
+
+    def write(self, name: str, row: dict) -> None:
+        """Append to <name>.csv, whose columns are the first row's; NaN stays empty."""
+        # NaN is not equal to itself
+        row = {key: "" if x != x else str(x) for key, x in row.items()}
+        path = self.dir / f"{name}.csv"
+        text = ",".join(row.values()) + "\n"
+        if not path.exists():
+            text = ",".join(row) + "\n" + text
+        with path.open("a") as file:
+            file.write(text)
+        self.plot(row)
+
+    def plot(self, row: dict[str, str]) -> None:
+        """A table's row as TensorBoard's curves: text in, text that is no number left out."""
+        row = dict(row)
+        step = int(row.pop("global_step"))
+        walltime = self.start + float(row["wall_time"])
+        if mode := row.pop("mode", None):
+            names = "return_mean", "return_std", "success_rate"
+            row = {f"eval_{mode}/{name}": row[name] for name in names}
+        for name, text in row.items():
+            if "/" in name and text:
+                self.writer.add_scalar(name, float(text), step, walltime)
+
+    def log(self) -> None:
+        self.refuse_divergence()
+        speed = self.global_step / max(self.now["wall_time"], 1e-3)
+        self.metrics["charts/SPS"] = round(speed, 1)
+        self.write("metrics", self.now | self.metrics)
+        self.bar.set_postfix(episodic_return=self.metrics["charts/episodic_return"])
+
+    def show_progress(self) -> None:
+        """A line a minute where no progress bar can be drawn."""
+        seconds = time.time() - self.told[0]
+        if not self.bar.disable or seconds < 60:
+            return
+        speed = (self.global_step - self.told[1]) / seconds
+        self.told = (time.time(), self.global_step)
+        steps = steps_of(self.args)
+        hours = (steps - self.global_step) / max(speed, 1e-9) / 3600
+        # the warm-up's pace says nothing about the rest
+        left = f", {hours:.1f} h left" if self.agent.updates else ""
+        reward = self.metrics["charts/episodic_return"]
+        told = "" if math.isnan(reward) else f"return {reward:.1f}, "  # no episode yet
+        say(f"step {self.global_step:,} of {steps:,}: {told}{speed:.0f}/s{left}")
+
+    def evaluate_mode(self, mode: str) -> None:
+        """Play episodes; a signal does not wait for them, but gives them up."""
+        self.refuse_divergence()
+        args = self.args
+        envs = self.eval_envs
+        frames = [] if args.capture_video and mode == DEPLOYED else None
+        with torch.compiler.set_stance("force_eager"):  # too short to compile for
+            results = evaluate(MODES[mode], self.agent, envs, args, frames, self.stop)
+        if self.stop:
+            return
+        if frames:
+            write_video(frames, envs, self.dir / f"videos/{self.global_step}")
+        returns, successes, cut = results
+        # an episode that does not say so has not succeeded, where others do say it
+        self.reports_success |= bool(np.isfinite(successes).any())
+        if self.reports_success:
+            successes = np.nan_to_num(successes)
+        nfe, num_candidates = cost_of(mode, args)
+        row = {
+            "mode": mode,
+            "nfe": nfe,
+            "num_candidates": num_candidates,
+            "return_mean": returns.mean(),
+            "return_std": returns.std(),
+            "success_rate": successes.mean(),
+            "episodes_cut": cut.sum(),
+            "returns": " ".join(f"{x:.4f}" for x in returns),
+        }
+        self.write("evaluations", self.now | row)
+        success = f", success rate {successes.mean():.2f}" if self.reports_success else ""
+        say(f"step {self.global_step:,}: {mode} {returns.mean():.1f}{success}")
+
+    def state(self) -> dict:
+        """All that restore needs to go on exactly from here."""
+        agent = self.agent
+        return {
+            "algorithm": ALGORITHM,
+            "args": asdict(replace(self.args, resume=None)),
+            "versions": versions(),
+            "metrics": self.metrics,
+            "agent": agent.state_dict(),
+            "counters": {name: getattr(agent, name) for name in agent.counters},
+            "optimizers": {name: x.state_dict() for name, x in agent.optimizers.items()},
+            "buffer": state_of(self.buffer),
+            "rng": self.rng.get_state(),
+            "device": self.rng.device.type,
+            "envs": self.envs.state(),
+        }
+
+    def save(self) -> None:
+        """policy.pt to use the policy, checkpoint.pt and frames.bin to go on exactly from here."""
+        if self.saved_step == self.global_step:
+            return
+        self.refuse_divergence()
+        # first: a checkpoint knows how many frames are its own
+        write_frames(self.buffer, self.dir / "frames.bin")
+        state = self.now | self.state()
+        policy = {
+            "algorithm": ALGORITHM,
+            "script": Path(__file__).name,
+            "commit": self.commit,
+            "encoder": self.agent.encoder.state_dict(),
+            "policy": self.agent.acting_policy.state_dict(),
+            "args": state["args"],
+            "obs_shape": self.envs.obs_shape,
+            "act_dim": self.envs.act_dim,
+            "action_bounds": torch.from_numpy(self.envs.action_bounds),  # low, high
+            "global_step": self.global_step,
+        }
+        for name, content in {"policy.pt": policy, "checkpoint.pt": state}.items():
+            write_whole(self.dir / name, partial(torch.save, content))
+        self.saved_step = self.global_step
+
+    def restore(self, file: Path, saved: dict) -> None:
+        """Undo save, before anything is written; what does not fit is refused."""
+        agent = self.agent
+        buffer = self.buffer
+        self.envs.reset(seed=[0] * self.envs.num_envs)
+        ours = self.take_stock() | self.state()
+        try:
+            for name in "args", "versions":
+                ours[name] = saved[name]
+            refuse_unlike(saved, ours)
+            self.global_step = saved["global_step"]
+            self.start -= saved["wall_time"]
+            self.metrics = saved["metrics"]
+            agent.load_state_dict(saved["agent"])
+            for name, value in saved["counters"].items():
+                setattr(agent, name, value)
+            for name, optimizer in agent.optimizers.items():
+                load_optimizer(optimizer, saved["optimizers"][name])
+            restore_buffer(buffer, saved["buffer"])
+            read_frames(buffer, file.parent / "frames.bin")
+            self.rng.set_state(saved["rng"])
+            buffer.begins |= self.envs.restore(saved["envs"])  # what moved has another stack
+            for name, version in versions().items():
+                before = saved["versions"].get(name, version)
+                if before != version:
+                    warn(f"{name} was {before}, is {version}: the run goes on, not bit for bit")
+        except Exception as error:
+            fail(f"{file} is not of this version of {Path(__file__).name}: {reason(error)}")
+        self.saved_step = self.global_step
+        if self.global_step > steps_of(self.args):
+            fail(f"{file} has {self.global_step:,} steps already; raise --total-timesteps")
+
+    def how_to_go_on(self) -> str:
+        module = f" --env-id {self.args.env_id}" if ":" in self.args.env_id else ""
+        return f"go on with --resume {self.dir}{module}"
+
+    def what_is_saved(self) -> str:
+        if self.saved_step is None or not (self.dir / "checkpoint.pt").exists():
+            return f"no checkpoint was written to {self.dir}"
+        return f"step {self.saved_step:,} is saved; {self.how_to_go_on()}"
+
+    def give_up(self, error: Exception) -> NoReturn:
+        """A failure in mid-run: save what is sound, keep the traceback, end in one line."""
+        with suppress(OSError):
+            (self.dir / "traceback.txt").write_text(traceback.format_exc())
+        if self.sound or isinstance(error, EnvironmentFailure):
+            # the step that failed is not stored, and its environments are played back
+            self.global_step = self.now["global_step"]
+            with suppress(Exception):
+                self.save()
+        fail(f"{reason(error)}; {self.what_is_saved()}", status=1)
+
+    def close(self) -> None:
+        for name in "bar", "writer", "envs", "eval_envs", "lock":
+            # a full disk has been told of, and a failure may have come before they are there
+            with suppress(OSError, AttributeError):
+                getattr(self, name).close()
+
+
+def state_of(buffer: ReplayBuffer) -> dict:
+    """All but the frames, which frames.bin holds; what counts, the oldest first."""
+    age = torch.arange(buffer.size, 0, -1, device=buffer.rows.device)
+    index = (buffer.position - age) % len(buffer.rows)
+    return {
+        "rows": buffer.rows[index].cpu(),
+        "numbers": buffer.numbers[index].cpu(),
+        "written": buffer.written,
+        "stacks": torch.tensor(buffer.stacks),
+        "begins": torch.tensor(buffer.begins),
+        "pieces": torch.tensor(buffer.pieces, dtype=torch.int64).view(-1, 3),
+    }
+
+
+def restore_buffer(buffer: ReplayBuffer, saved: dict) -> None:
+    """Undo state_of; raises ValueError where the parts contradict each other."""
+    size = len(saved["rows"])
+    numbers = saved["numbers"]
+    steps = size // buffer.num_envs
+    if size % buffer.num_envs or steps > buffer.oldest.maxlen or len(numbers) != size:
+        raise ValueError(f"{size} rows and {len(numbers)} of frame numbers do not fit")
+    if {len(saved["stacks"]), len(saved["begins"])} != {buffer.num_envs}:
+        raise ValueError("not of as many environments")
+    buffer.rows[:size] = saved["rows"]
+    buffer.numbers[:size] = numbers
+    buffer.position = size % len(buffer.rows)
+    buffer.written = saved["written"]
+    buffer.stacks = saved["stacks"].numpy().copy()
+    buffer.begins = saved["begins"].numpy().copy()
+    buffer.pieces = saved["pieces"].tolist()
+    oldest = max(buffer.written - len(buffer.frames), 0)
+    lowest = numbers.reshape(steps, -1).amin(1).tolist()
+    highest = max([int(numbers.max()) if size else 0, *buffer.stacks.flat])
+    if highest >= max(buffer.written, 1) or min(lowest, default=oldest) < oldest:
+        raise ValueError("transitions name frames that are not there")
+    buffer.oldest.extend(lowest)
+
+
+def chunks(buffer: ReplayBuffer, first: int, end: int) -> tuple[Tensor, ...]:
+    """Slots of frames first to end, so many at once that a copy of them is small."""
+    numbers = torch.arange(first, end, device=buffer.frames.device)
+    return (numbers % len(buffer.frames)).split(1_000)
+
+
+def write_frames(buffer: ReplayBuffer, path: Path) -> None:
+    """Append what came since the last call, so that no checkpoint copies gigabytes.
+
+    What a kill may have left behind the last checkpoint's frames is cut off first. Frames that
+    were overwritten before they could be saved leave a hole, since nothing names them.
+    """
+    nbytes = buffer.frames[0].nbytes
+    saved = buffer.pieces[-1][1] if buffer.pieces else 0
+    first = max(saved, buffer.written - len(buffer.frames))
+    checksum = 0
+    path.touch()
+    with path.open("rb+") as file:
+        file.truncate(saved * nbytes)
+        file.seek(first * nbytes)
+        for slots in chunks(buffer, first, buffer.written):
+            part = buffer.frames[slots].cpu().numpy()
+            file.write(part)
+            checksum = zlib.crc32(part, checksum)
+        file.flush()
+        os.fsync(file.fileno())
+    if buffer.written > saved:
+        buffer.pieces.append([first, buffer.written, checksum])
+
+
+def read_frames(buffer: ReplayBuffer, path: Path) -> None:
+    """Undo write_frames; raises OSError or ValueError where the file is not this run's."""
+    nbytes = buffer.frames[0].nbytes
+    needed = max(buffer.written - len(buffer.frames), 0)  # older ones are overwritten
+    with path.open("rb") as file:
+        for first, end, expected in buffer.pieces:
+            if end <= needed or first > needed:
+                continue
+            file.seek(first * nbytes)
+            checksum = 0
+            for slots in chunks(buffer, first, end):
+                part = np.fromfile(file, np.uint8, len(slots) * nbytes)
+                checksum = zlib.crc32(part, checksum)
+                if len(part) < len(slots) * nbytes:
+                    raise ValueError(f"{path} is too short")
+                frames = torch.from_numpy(part).view(-1, *buffer.frames.shape[1:])
+                buffer.frames[slots] = frames.to(slots.device)
+            if checksum != expected:
+                raise ValueError(f"{path} holds other frames than the checkpoint's")
+            needed = end
+    if needed != buffer.written:
+        raise ValueError(f"the pieces of {path} are not all there")
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Load its state, but keep its learning rate: agent.policy_lr, a tensor, may be that."""
+    (group,) = optimizer.param_groups
+    lr = group["lr"]
+    optimizer.load_state_dict(saved)
+    (group,) = optimizer.param_groups
+    group["lr"] = lr
+    if len(optimizer.state) not in (0, len(group["params"])):
+        raise ValueError("an optimizer lacks the state of a parameter")
+    for parameter, state in optimizer.state.items():  # torch would notice in mid-run
+        shapes = {state["exp_avg"].shape, state["exp_avg_sq"].shape}
+        if shapes != {parameter.shape} or state["step"].numel() != 1:
+            raise ValueError("an optimizer's state is not of its parameter's shape")
+
+
+def layout(x):
+    """What a saved state is made of, but for the number of rows; NaN and minus raise ValueError."""
+    if isinstance(x, Tensor):
+        if not x.isfinite().all():
+            raise ValueError("NaN or infinity in a tensor")
+        return x.dtype, x.ndim, x.shape[1:]
+    if isinstance(x, dict):
+        # an optimizer has no state before its first step
+        return {key: layout(part) for key, part in x.items() if key != "state"}
+    if isinstance(x, list | tuple):
+        return [layout(part) for part in x]
+    if isinstance(x, int) and x < 0:
+        raise ValueError(f"{x} is below zero")
+    return type(x)
+
+
+def refuse_unlike(saved, ours) -> None:
+    """Raise ValueError where a loaded state is not built as ours is."""
+    theirs = layout(saved)
+    mine = layout(ours)
+    different = [key for key in mine | theirs if theirs.get(key) != mine.get(key)]
+    if different:
+        raise ValueError(f"not as this script writes it: {different}")
+
+
+def load(path: str, name: str) -> tuple[Path, dict]:
+    """Read what Run.save wrote, given the file or its folder; refuse anything else."""
+    file = Path(path)
+    if path and os.path.isdir(path):
+        file = file / name
+    if not os.path.isfile(file):  # Path's own raises for a name that is too long
+        option = "--resume" if name == "checkpoint.pt" else "--evaluate"
+        fail(f"{option} {path!r}: there is no {name}, it does not exist")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            torn = archive.testzip()  # checksums, which torch does not look at
+        assert torn is None
+        # mmap: gigabytes of replay buffer are not held twice
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # many kinds
+        fail(f"{file} is damaged, or was not written by these scripts")
+    other = f"{file} is not of this version of {Path(__file__).name}"
+    needed = {"algorithm", "args", "global_step"}
+    needed.add("envs" if name == "checkpoint.pt" else "policy")
+    if not isinstance(content, dict) or not needed <= content.keys():
+        fail(f"{other}, or no {name}")
+    if content["algorithm"] != ALGORITHM or not isinstance(content["args"], dict):
+        fail(f"{other}: it is of {content['algorithm']}, not {ALGORITHM}")
+    known = asdict(Args())
+    flags = content["args"].keys()
+    if name == "checkpoint.pt" and flags != known.keys():
+        fail(f"{other}: it has other flags, {flags ^ known.keys()}")
+    if unknown := flags - known.keys():
+        content["unknown"] = sorted(map(str, unknown))
+    content["args"] = {key: x for key, x in content["args"].items() if key in known}
+    for key, value in content["args"].items():
+        kind = type(known[key])
+        whole = kind is float and type(value) is int
+        if known[key] is not None and type(value) is not kind and not whole:
+            fail(f"{other}: {flag(key)} is {value!r}")
+    return file, content
+
+
+# what update returns, and so the columns of metrics.csv
+METRICS = "losses/critic_loss", "losses/q_values", "losses/policy_loss"
+METRICS += "policy/entropy", "policy/alpha"
+ALGORITHM = __doc__.partition(":")[0]  # of whom a file is, whatever the script is called
+MAY_BE_ZERO = {"seed", "eval_every", "checkpoint_every", "torch_threads"}
+MAY_BE_ZERO |= {"random_shift", "camera", "shadow_size"}
+AT_MOST = {"gamma": 1, "tau": 1}
+AT_MOST |= {"seed": 2**32 - 1, "num_envs": 10_000, "eval_episodes": 10_000}
+AT_MOST |= {"utd": 1_000, "critic_steps": 1_000, "torch_threads": 1_024}
+AT_MOST |= {"action_repeat": 1_000, "frame_stack": 100, "image_size": 4_096, "random_shift": 4_096}
+AT_MOST |= {"camera": 1_000, "shadow_size": 16_384}
+RISING = {"log_std_range"}
+# flags that do something only where another one has this value
+NEEDS = {"wandb_entity": ("track", True), "wandb_project_name": ("track", True)}
+MAY_CHANGE = {"resume", "total_timesteps", "log_every", "capture_video", "torch_threads"}
+MAY_CHANGE |= {"track", "wandb_project_name", "wandb_entity"}  # on --resume
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def own_rules(args: Args) -> list[tuple[bool, str]]:
+    """What else must hold, and the line to say where it does not."""
+    no_more = "must be at most"
+    updates = args.utd * (args.total_timesteps - args.learning_starts)
+    return [
+        (args.num_envs <= args.total_timesteps, f"--num-envs {no_more} --total-timesteps"),
+        (args.num_envs <= args.buffer_size, f"--num-envs {no_more} --buffer-size"),
+        (args.batch_size <= args.learning_starts, f"--batch-size {no_more} --learning-starts"),
+        (
+            args.learning_starts <= args.total_timesteps,
+            f"--learning-starts {no_more} --total-timesteps",
+        ),
+        (updates >= 1, "--utd gives no update; raise it or --total-timesteps"),
+        (args.image_size >= 15, "--image-size must be at least 15, or nothing is left to see"),
+    ]
+
+
+def check_args(args: Args) -> None:
+    """Refuse what cannot work, or would do nothing."""
+    rules = []
+    for name, value in asdict(args).items():
+        if isinstance(value, str):
+            printable = value.strip() and (value.isprintable() or name == "env_kwargs")
+            rules.append((printable, f"{flag(name)} {value!r} must be text, and not empty"))
+        elif name in RISING:
+            first, last = value
+            lowest = 0 if name in MAY_BE_ZERO else -1e15
+            holds = lowest <= first < last <= 1e15
+            words = f"must rise, from {lowest:g} or more to at most 1e15"
+            rules.append((holds, f"{flag(name)} {first} {last} {words}"))
+        elif not isinstance(value, bool | None):
+            limit = AT_MOST.get(name, 1e15)
+            low = "0 or more" if name in MAY_BE_ZERO else "above 0"
+            for x in np.atleast_1d(value).tolist():
+                holds = 0 < x <= limit or (x == 0 and name in MAY_BE_ZERO)
+                rules.append((holds, f"{flag(name)} {x} must be {low} and at most {limit:g}"))
+    for name, (other, wanted) in NEEDS.items():
+        holds = getattr(args, name) == getattr(Args, name) or getattr(args, other) == wanted
+        rules.append((holds, f"{flag(name)} does nothing unless {flag(other)} is {wanted}"))
+    for holds, message in rules + own_rules(args):
+        if not holds:
+            fail(message)
+    try:
+        # int refuses NaN and Infinity, which are no JSON; --capture-video sets the render_mode
+        assert "render_mode" not in dict(json.loads(args.env_kwargs, parse_constant=int))
+    except (ValueError, TypeError, AssertionError):
+        fail(f"--env-kwargs {args.env_kwargs} is no JSON object like '{{\"key\": 1}}'")
+
+
+def refuse_changes(args: Args, saved: dict, device: torch.device) -> None:
+    """A checkpoint goes on with its own arguments, on its own kind of device."""
+    for name, value in saved["args"].items():
+        if name not in MAY_CHANGE and value != getattr(args, name):
+            fail(f"{flag(name)} cannot change on --resume; it was {value}")
+    if saved.get("device") != device.type:
+        fail(f"{args.resume} is not of this device; it can go on on {saved.get('device')} only")
+
+
+def choose_device(args: Args) -> torch.device:
+    """The device to run on; one that is not there is refused."""
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=name).device
+        assert device.type in ("cpu", "cuda", "mps")
+    except Exception:  # torch raises many kinds
+        fail(f"--device {name} is not to be had here; --device auto takes what there is")
+    if args.precision == "tf32" and device.type != "cuda":
+        fail(f"--precision tf32 needs a CUDA GPU, not --device {device}")
+    return device
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes to be had, on the GPU or within this machine and its container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = math.inf
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                available = 1024 * int(line.split()[1])
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and limit.read_text().strip().isdigit():
+        available = min(available, int(limit.read_text()))
+    return available
+
+
+def frames_held(args: Args) -> int:
+    """As many as full stacks need for buffer_size steps, or as a run can bring at most.
+
+    At most: every step ends its episode, and so brings two. As many are held for the newest step,
+    whose oldest frame dates from K steps before it.
+    """
+    longest = args.frame_stack + 1
+    needed = max(args.buffer_size // args.num_envs + args.frame_stack, 2 * longest)
+    most = 2 * (args.total_timesteps // args.num_envs + longest)
+    return args.num_envs * min(needed, most)
+
+
+def refuse_too_large(args: Args, obs_shape: tuple, act_dim: int, device: torch.device) -> None:
+    """What memory cannot hold is refused now, not when it is full."""
+    states = max(args.batch_size, args.eval_episodes)
+    pixels = math.prod(obs_shape[1:])
+    # 4 layers; each with its activation, and gradients of both
+    seen = 4 * 4 * args.encoder_channels * (args.image_size // 2) ** 2
+    h_dim = Encoder(obs_shape, args.encoder_channels).out_dim
+    numbers = {  # of four bytes
+        "buffer_size": frames_held(args) * pixels // 4
+        + args.buffer_size * (act_dim + 4 + 2 * args.frame_stack),
+        "image_size": args.batch_size * (seen + 6 * args.frame_stack * pixels),
+        # three trunks with gradients and moments, and their slow copies
+        "feature_dim": 15 * h_dim * args.feature_dim,
+        "hidden_dim": 50 * args.hidden_dim**2,  # networks, averages, gradients, moments
+        "num_candidates": 4 * getattr(args, "num_candidates", 1) * states * args.hidden_dim,
+    }
+    name = max(numbers, key=numbers.get)
+    needed = 4 * sum(numbers.values())
+    memory = memory_of(device)
+    if needed > memory:
+        much = f"needs about {needed / 1e9:.3g} GB of memory"
+        fail(f"{flag(name)} {getattr(args, name, '')} {much}; {memory / 1e9:.3g} GB are free")
+
+
+def grouped(default: Args) -> type:
+    """Args as a dataclass of its groups, from its comments, for --help."""
+    types = get_type_hints(Args)
+    groups = {}
+    above = ""
+    source = Path(__file__).read_text()
+    for line in source[source.index("class Args:") :].split("\n\n\n")[0].splitlines():
+        if heading := re.match(r"    # --- (\w+): ", line):
+            members = groups.setdefault(heading[1], [])
+        elif found := re.match(r"    (\w+): .*?(?:  # (.+))?$", line):
+            kind = Annotated[types[found[1]], tyro.conf.arg(help=found[2] or above)]
+            members.append((found[1], kind, field(default=getattr(default, found[1]))))
+        above = line.strip(" #")
+    parts = [(name, make_dataclass(name, members)) for name, members in groups.items()]
+    whole = [(name, part, field(default_factory=part)) for name, part in parts]
+    return make_dataclass("Flags", whole)
+
+
+def read_flags(argv: list[str] | None, default: Args) -> Args:
+    """The command line over defaults; tyro's frame around an error becomes one line."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            groups = tyro.cli(tyro.conf.OmitArgPrefixes[grouped(default)], args=argv)
+    except SystemExit as end:
+        if end.code:
+            words = []
+            for line in said.getvalue().splitlines()[1:]:
+                if line.startswith(("│ ─", "╰")):
+                    break
+                words.append(line.strip("│ "))
+            given = argv or sys.argv[1:]
+            fail(f"{' '.join(words)} in: {' '.join(given)}")
+        raise
+    flat = {}
+    for group in vars(groups).values():
+        flat |= vars(group)
+    return Args(**flat)
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line; --resume and --evaluate start from the stored arguments."""
+    args = read_flags(argv, Args())
+    if args.resume and args.evaluate:
+        fail("--resume goes on training and --evaluate plays a policy: give one of them")
+    for path, name in (args.resume, "checkpoint.pt"), (args.evaluate, "policy.pt"):
+        if path is not None:
+            file, saved = load(path, name)
+            stored = replace(Args(), **saved["args"])
+            module = stored.env_id.partition(":")[0]
+            if stored.env_id not in (args.env_id, module) and module not in sys.modules:
+                fail(f"{file} would import {module}; if you trust it, add --env-id {stored.env_id}")
+            if "unknown" in saved:
+                warn(f"{file} has flags that are unknown here and ignored: {saved['unknown']}")
+            args = read_flags(argv, stored)
+    return args
+
+
+STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+
+def ignored(signum: int) -> bool:
+    """Only nohup may decide that a signal does not stop a run."""
+    return signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN
+
+
+class StopSignal:
+    """Note the first signal that asks to stop, to save and end; a later one exits at once."""
+
+    def __init__(self):
+        self.signum = None
+        self.since = 0.0
+
+    def __bool__(self) -> bool:
+        return self.signum is not None
+
+    def __enter__(self):
+        self.handlers = {}
+        for signum in STOPPING:
+            if not ignored(signum):
+                self.handlers[signum] = signal.signal(signum, self.note)
+        # Compilers inherit this mask and so outlive a terminal's Ctrl-C, of which this process
+        # still hears through an older thread, that of TensorBoard's writer.
+        self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, self.handlers)
+        return self
+
+    def __exit__(self, *_):
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+
+    def note(self, signum: int, _frame) -> None:
+        # timeout, the program, signals a process and then its group: that is one wish
+        if self and time.monotonic() - self.since > 1:
+            sys.exit(128 + signum)
+        if not self:
+            self.signum = signum
+            self.since = time.monotonic()
+
+
+# ============ 4 SPEED: compiled and recorded updates; the deployed policy; main
+class FastMish(nn.Mish):
+    """Mish x tanh(softplus(x)); with a single exponential where it is compiled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            # eager: one pass over memory counts for more
+            return super().forward(x)
+        # from 20 on Mish is x to float precision
+        e = x.clamp(max=20).exp()
+        n = e * (e + 2)
+        return x * n / (n + 2)
+
+
+class Captured:
+    """function(agent, inputs, args, rng, *key) as one CUDA graph per key, a single launch.
+
+    A graph repeats its kernels on the same addresses. So inputs are copied there, outputs hold
+    until the next call, learning rates are tensors, and Adam (capturable) counts its steps on the
+    GPU. Gradients live in the graph's own memory and are used up in it. The generator may belong
+    to several graphs: each replay moves its offset on by what the recording drew.
+    Three calls are not recorded: they compile, choose kernels and allocate.
+    """
+
+    def __init__(self, function: Callable):
+        self.function = function
+        self.calls = {}
+        self.graphs = {}
+
+    def __call__(self, agent, inputs, args: Args, rng: Generator, *key):
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= 3:
+            return self.function(agent, inputs, args, rng, *key)
+        if key not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(rng)  # replays go on drawing from it
+            static = copy.deepcopy(inputs)
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                outputs = self.function(agent, static, args, rng, *key)
+            self.graphs[key] = (graph, static, outputs)
+        graph, static, outputs = self.graphs[key]
+        if isinstance(inputs, Tensor):
+            static.copy_(inputs)
+        else:
+            for name, value in inputs.items():
+                static[name].copy_(value)
+        graph.replay()
+        return outputs
+
+
+def go_eager(error: Exception) -> None:
+    """Nothing is compiled from here on; says why."""
+    torch.compiler.set_stance("force_eager")
+    needs = "which needs g++ (apt-get install g++) or on a GPU Triton"
+    warn(f"going on without --compile, {needs}: {reason(error).splitlines()[0]}")
+
+
+class OrEager:
+    """fast(agent, inputs, args, rng, *key), or plain for good if fast fails in its first calls."""
+
+    def __init__(self, fast: Callable, plain: Callable):
+        self.function = fast
+        self.plain = plain
+        self.failed = False
+        self.calls = {}
+
+    def __call__(self, agent, inputs, args: Args, rng: Generator, *key):
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.failed or self.calls[key] > 4:  # by the fourth Captured has recorded
+            return self.function(agent, inputs, args, rng, *key)
+        weights = copy.deepcopy(agent.state_dict())
+        optimizers = {name: copy.deepcopy(x.state_dict()) for name, x in agent.optimizers.items()}
+        draws = rng.get_state()
+        try:
+            return self.function(agent, inputs, args, rng, *key)
+        except Exception as error:  # of a compiler, or what a kill left of its cache
+            go_eager(error)
+        agent.load_state_dict(weights)
+        for name, optimizer in agent.optimizers.items():
+            load_optimizer(optimizer, optimizers[name])
+        rng.set_state(draws)
+        self.failed = True
+        self.function = self.plain
+        return self.function(agent, inputs, args, rng, *key)
+
+
+def accelerate(
+    agent: Agent, explore: Callable, improve: Callable, _args: Args
+) -> tuple[Callable, Callable]:
+    """The two functions compiled, and on CUDA recorded; or as they are, and a line why."""
+    say("the first updates are compiled, which takes a minute or more")
+    for module in agent.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.Mish):
+                setattr(module, name, FastMish())
+    try:
+        for network in agent.encoder, agent.policy, agent.critic, agent.target_critic:
+            network.compile(dynamic=False)
+        fast = partial(improve, loss_fn=torch.compile(policy_loss, dynamic=False))
+    except Exception as error:
+        go_eager(error)
+        return explore, improve
+    if agent.device.type != "cuda":
+        return OrEager(explore, explore), OrEager(fast, improve)
+    torch.cuda.synchronize(agent.device)
+    # the default stream cannot be captured
+    torch.cuda.set_stream(torch.cuda.Stream(agent.device))
+    return OrEager(Captured(explore), explore), OrEager(Captured(fast), improve)
+
+
+def replay(args: Args, agent: Agent, envs) -> None:
+    """--evaluate: episodes of a saved policy, as it is deployed."""
+    file, saved = load(args.evaluate, "policy.pt")
+    if args.env_id != saved["args"].get("env_id", args.env_id):
+        fail(f"{file} was trained on {saved['args']['env_id']}, not on {args.env_id}")
+    try:
+        networks = {"encoder": agent.encoder, "policy": agent.acting_policy}
+        ours = {name: network.state_dict() for name, network in networks.items()}
+        refuse_unlike(saved, saved | ours | {"global_step": 0})
+        for name, network in networks.items():
+            network.load_state_dict(saved[name])
+    except Exception as error:
+        fail(f"{file} is not of this version of {Path(__file__).name}: {reason(error)}")
+    act = MODES[DEPLOYED]
+    frames = [] if args.capture_video else None
+    returns, successes, cut = evaluate(act, agent, envs, args, frames)
+    if frames:
+        write_video(frames, envs, file.parent / "videos/evaluate")
+    for episode, value in enumerate(returns):
+        print(f"episode {episode}: return {value:.4f}{', cut' if cut[episode] else ''}")
+    if np.isfinite(successes).any():  # else the environment does not say
+        print(f"success rate {np.nan_to_num(successes).mean():.2f}")
+    obs = torch.as_tensor(envs.obs[:1], device=agent.device)
+    rng = Generator(agent.device)
+    start = time.perf_counter()
+    for _ in range(500):
+        act(agent, obs, args, rng).cpu()
+    ms = 1000 * (time.perf_counter() - start) / 500
+    print(f"return {returns.mean():.2f} +- {returns.std():.2f} {ms:.3f} ms/action")
+
+
+def main(args: Args) -> Path | None:
+    """Train and return the run directory, or replay a policy."""
+    check_args(args)
+    device = choose_device(args)
+    say(f"{ALGORITHM} on {args.env_id}, seed {args.seed}, {device}")
+    threads = args.torch_threads or min(8, torch.get_num_threads())
+    torch.set_num_threads(threads)
+    tf32 = args.precision == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    warnings.filterwarnings("ignore", ".*(capturable=True|matmul_precision).*")
+    torch.backends.cudnn.benchmark = True  # shapes do not change
+    envs = make_envs(args, args.num_envs)
+    eval_envs = make_envs(args, args.eval_episodes)
+    try_out(eval_envs, args.capture_video)
+    refuse_too_large(args, envs.obs_shape, envs.act_dim, device)
+    torch.manual_seed(args.seed)  # the networks' initial weights
+    agent = Agent(envs.obs_shape, envs.act_dim, args, device)
+    if args.evaluate:
+        return replay(args, agent, eval_envs)
+
+    buffer = ReplayBuffer(args, envs.obs_shape, envs.act_dim, device)
+    # random actions, noise, replay sampling
+    rng = Generator(device).manual_seed(args.seed)
+    run = Run(args, agent, buffer, envs, eval_envs, rng, StopSignal())
+    return run_to_the_end(run)
+
+
+def run_to_the_end(run: Run) -> Path:
+    """Train; a signal or a failure ends in a checkpoint and one line."""
+    if run.finished() and not run.missing():
+        say(f"{run.dir} is complete")
+        return run.dir
+    try:
+        run.open()
+        args = run.args
+        frames = args.total_timesteps * args.action_repeat
+        say(f"{args.total_timesteps:,} agent steps of {args.action_repeat}: {frames:,} frames")
+        shape = " x ".join(map(str, run.envs.obs_shape))
+        frames = f"up to {run.buffer.frames.nbytes / 1e9:.2f} GB of frames on {run.agent.device}"
+        say(f"{shape} observations, {run.envs.act_dim} actions, {frames}; {run.dir}")
+        with run.stop:
+            run.work()  # what a stop left undone
+            train(run.agent, run.buffer, run.envs, run, run.args, run.rng, run.envs.obs)
+            run.close()
+    except Exception as error:
+        run.give_up(error)
+    finally:
+        run.close()
+    if run.stopped:
+        print(f"stopped; {run.how_to_go_on()}", file=sys.stderr)
+        raise SystemExit(128 + run.stop.signum)
+    return run.dir
+
+
+def leave(signum: int, _frame) -> NoReturn:
+    """Before training begins there is nothing to save; an exception might be caught on its way."""
+    for process in torch.multiprocessing.active_children():
+        process.kill()
+    os._exit(128 + signum)
+
+
+def cli() -> None:
+    """The command line: whatever goes wrong ends in one line."""
+    for name in "stdout", "stderr":
+        if getattr(sys, name) is None:  # closed by the shell, as 2>&- does
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w")))
+    for signum in STOPPING:
+        if not ignored(signum):
+            signal.signal(signum, leave)
+    try:
+        main(parse_args())
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        status = 1 if isinstance(error, OSError) else 2  # a pipe that is closed, a full disk
+        fail(f"{reason(error)} (python -X dev shows where)", status)
+    finally:
+        for signum in STOPPING:  # all is saved
+            signal.signal(signum, signal.SIG_IGN)
+        for stream in sys.stdout, sys.stderr:
+            try:
+                stream.flush()
+            except OSError:  # nobody reads any more; the interpreter would complain at its exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+if __name__ == "__main__":
+    cli()
