@@ -21,7 +21,8 @@ def draw_latency(path: Path, output: Path) -> None:
         low = min(float(row["median_ms"]) for row in own)
         high = max(float(row["p99_ms"]) for row in own)
         left = 10 ** math.floor(math.log10(low / 1.5))
-        for row in own:
+        unnamed = set(modes) if len(modes) > 1 else set()  # each mode is named once, at the top
+        for row in sorted(own, key=lambda row: cases.index((row["policy"], row["steps"]))):
             place = cases.index((row["policy"], row["steps"]))
             y = place + 0.8 / len(modes) * (modes.index(row["mode"]) - (len(modes) - 1) / 2)
             ms, slow = float(row["median_ms"]), float(row["p99_ms"])
@@ -30,7 +31,8 @@ def draw_latency(path: Path, output: Path) -> None:
             thick = 0.72 / len(modes)
             panel.barh(y, ms - left, left=left, color=colour, alpha=alpha, height=thick, lw=0)
             panel.plot(slow, y, "|", color=style.DARK, ms=7)
-            words = f" {row['mode']}" if place == 0 and len(modes) > 1 else ""
+            words = f" {row['mode']}" if row["mode"] in unnamed else ""
+            unnamed.discard(row["mode"])
             beside = {"textcoords": "offset points", "va": "center"}
             panel.annotate(f"{digits(ms)} ms{words}", (max(slow, ms), y), (5, -0.5), **beside)
         panel.set_xscale("log")
