@@ -17,9 +17,10 @@ whose output is that network's state s; from there on all is as without pixels.
     python baselines/sac_pixels_online.py --env-id dm_control/walker-walk-v0
     python baselines/sac_pixels_online.py --evaluate runs/<run>/policy.pt --eval-episodes 10
 
-Encoder, critics, frames and budget are those of fpmd_pixels_online.py, so that the comparison
-is of policies. Four parts: 1 METHOD, 2 TRAINING, 3 PLUMBING, 4 SPEED. Stop after part 2, and
-you have read the algorithm end to end, from env.step to the optimizers.
+Networks, frames, random shift and budget are those of fpmd_pixels_online.py.
+
+Four parts: 1 METHOD, 2 TRAINING, 3 PLUMBING, 4 SPEED. Stop after part 2, and you have read
+the algorithm end to end, from env.step to the optimizers.
 
 Papers: SAC, https://arxiv.org/abs/1812.05905; random shifts, https://arxiv.org/abs/2107.09645
 Code: https://github.com/tianyyiii/flow_policy_iclr
@@ -109,7 +110,8 @@ class Args:
     critic_lr: float = 3e-4  # Adam step size of the critics
     critic_layer_norm: bool = False  # LayerNorm in the critics
     critic_steps: int = 2  # Adam steps per critic gradient, as in FPMD; SAC takes 1
-    log_std_range: tuple[float, float] = (-10.0, 2.0)  # log std is clipped to this
+    tanh_correction: bool = True  # log pi is the action's, or that of u, as FPMD's authors do
+    log_std_range: tuple[float, float] = (-20.0, 0.5)  # log std is clipped to this
     policy_lr: float = 3e-4  # Adam step size of the policy
     alpha_init: float = 0.1  # weight of the entropy at the start
     alpha_lr: float = 3e-4  # Adam step size of log alpha
@@ -121,7 +123,7 @@ class Args:
     # --- speed: how it is computed ---
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, mps
     compile: bool = True  # compile and, on CUDA, record updates
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"  # bfloat16 in encoding too
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"  # bfloat16 in encoding alone
     torch_threads: int = 0  # CPU threads of torch, 0: at most 8
     async_envs: bool = True  # one process per env, in training and in evaluation
 
@@ -280,17 +282,18 @@ class Agent(nn.Module):
 
 
 # ------------ acting
-def sample(policy: nn.Module, h: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-    """Actions a = tanh(u) with u = mean + std e, and log pi(a|s).
+def sample(policy: nn.Module, obs: Tensor, e: Tensor, tanh_correction: bool) -> tuple:
+    """Actions a = tanh(u) with u = mean + std e, and log pi(a|s); uncorrected, log pi(u|s).
 
-    log pi(a|s) = sum log N(e; 0, I) - log std - log(1 - a^2).
-    h (B, h_dim), noise e (B, act_dim) -> actions (B, act_dim), log_probs (B,).
+    log pi(a|s) = sum log N(e; 0, I) - log std - log(1 - a^2); the last term is the correction.
+    obs (B, obs_dim), noise e (B, act_dim) -> actions (B, act_dim), log_probs (B,).
     """
-    mean, log_std = policy(h)
+    mean, log_std = policy(obs)
     u = mean + log_std.exp() * e
     log_probs = -0.5 * e.square() - 0.5 * math.log(2 * math.pi) - log_std  # (B, act_dim)
-    # log(1 - tanh(u)^2) in a form that stays finite where tanh(u) rounds to 1
-    log_probs = log_probs - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
+    if tanh_correction:
+        # log(1 - tanh(u)^2) in a form that stays finite where tanh(u) rounds to 1
+        log_probs = log_probs - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
     return u.tanh(), log_probs.sum(-1)
 
 
@@ -350,12 +353,12 @@ def critic_loss(
     return (q - y).square().mean(1).sum(), q.detach()
 
 
-def policy_loss(policy, critic, h: Tensor, states: Tensor, e: Tensor, alpha: Tensor):
+def policy_loss(policy, critic, h, states, e: Tensor, alpha: Tensor, tanh_correction: bool):
     """Mean of alpha log pi(a|s) - min(Q_1, Q_2)(s, a) for a from noise e (B, act_dim), and H.
 
     The gradient reaches the policy through a, so it is the critics' slope that improves it.
     """
-    actions, log_probs = sample(policy, h, e)
+    actions, log_probs = sample(policy, h, e, tanh_correction)
     q = critic(states, actions).amin(0)  # (B,)
     return (alpha * log_probs - q).mean(), -log_probs.mean()
 
@@ -384,11 +387,12 @@ def update_critic(
     return {"losses/critic_loss": loss.detach(), "losses/q_values": q.mean()}
 
 
-def update_policy(agent: Agent, h: Tensor, e: Tensor, alpha: Tensor, loss_fn=None) -> dict:
+def update_policy(agent: Agent, h, e: Tensor, alpha: Tensor, args: Args, loss_fn=None) -> dict:
     """Adam step on new actions from noise e (B, act_dim); loss_fn may be policy_loss compiled."""
     with torch.no_grad():
         states = agent.critic.states(h)
-    loss, entropy = (loss_fn or policy_loss)(agent.policy, agent.critic, h, states, e, alpha)
+    policy, correction = agent.policy, args.tanh_correction
+    loss, entropy = (loss_fn or policy_loss)(policy, agent.critic, h, states, e, alpha, correction)
     agent.optimizers["policy"].zero_grad()
     loss.backward(inputs=list(agent.policy.parameters()))  # through the critics, not into them
     agent.optimizers["policy"].step()
@@ -411,10 +415,10 @@ def update(agent, batch: dict, args: Args, rng, _improve_policy=True, loss_fn=No
     e, next_e = torch.randn(shape, generator=rng, device=images.device)
     with torch.no_grad():  # only the critics' loss reaches the encoder
         next_h = agent.encoder(next_images)
-        actions, log_probs = sample(agent.policy, next_h, next_e)
+        actions, log_probs = sample(agent.policy, next_h, next_e, args.tanh_correction)
     h = agent.encoder(images)  # (B, h_dim), of the encoder before its step, also for the policy
     metrics = update_critic(agent, batch, h, next_h, actions, -alpha * log_probs, args)
-    metrics |= update_policy(agent, h.detach(), e, alpha, loss_fn)
+    metrics |= update_policy(agent, h.detach(), e, alpha, args, loss_fn)
     update_alpha(agent, metrics["policy/entropy"], args)
     move_towards(agent.target_critic, agent.critic, args.tau)
     return metrics | {"policy/alpha": alpha}

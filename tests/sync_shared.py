@@ -96,8 +96,8 @@ SHARED = [
     ([*MVP, PLUS], ["prepare_update"]),
     (MVP, ["update_critic"]),
     ([PLUS, "sac_online"], ["BatchNorm", "RewardScale", "project"]),
-    (["sac_online", SAC_PIXELS], ["MODES", "DEPLOYED", "cost_of", "RISING", "update_alpha"]),
-    (["sac_online", SAC_PIXELS], ["prepare_update", "follow_steps"]),
+    (["sac_online", SAC_PIXELS], ["sample", "MODES", "DEPLOYED", "cost_of", "RISING"]),
+    (["sac_online", SAC_PIXELS], ["update_alpha", "prepare_update", "follow_steps"]),
 ]
 
 # blocks that a script legitimately lacks or has otherwise, and why

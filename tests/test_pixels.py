@@ -394,7 +394,9 @@ def test_the_target_carries_no_gradient(script):
 
 
 def test_each_network_has_one_optimizer(script):
-    agent, _ = make_agent(script)
+    rates = {"encoder_lr": 1e-3, "critic_lr": 2e-3, "alpha_lr": 4e-3}
+    rates["policy_lr"] = 3e-3 if script.__name__ == SAC else (3e-3, 3e-4)
+    agent, _ = make_agent(script, **rates)
     owners = {}
     for name, optimizer in agent.optimizers.items():
         for group in optimizer.param_groups:
@@ -405,7 +407,8 @@ def test_each_network_has_one_optimizer(script):
         assert all(owners.pop(p) == [name] for p in network.parameters())
     assert list(owners.values()) == [["alpha"]]
     rates = {name: float(o.param_groups[0]["lr"]) for name, o in agent.optimizers.items()}
-    assert rates["encoder"] == rates["critic"] == pytest.approx(3e-4)
+    expected = {"encoder": 1e-3, "critic": 2e-3, "policy": 3e-3, "alpha": 4e-3}
+    assert rates == pytest.approx(expected)
 
 
 def test_slow_copies_hold_trunks_and_there_is_no_slow_encoder(script):
@@ -436,7 +439,10 @@ def test_encoder_steps_once_while_critics_step_twice(script, critic_steps):
 
 
 def test_next_features_are_of_before_the_encoders_step(script, monkeypatch):
-    """One look at each picture; the policy is trained on what candidates were made from."""
+    """One look at each picture; the policy is trained on what it has made actions from.
+
+    SAC's is also trained on new ones at s, of the encoder before its step as well.
+    """
     agent, args = make_agent(script, random_shift=0)
     batch = images_batch()
     seen = spied(monkeypatch, agent.encoder)
@@ -449,6 +455,14 @@ def test_next_features_are_of_before_the_encoders_step(script, monkeypatch):
     assert torch.equal(seen[0], batch["next_obs"]) and torch.equal(seen[1], batch["obs"])
     assert len(seen) == 2 and len(trunk) == (2 if script.__name__ == SAC else 1)
     assert torch.allclose(trunk[0], expected.flatten(1), atol=1e-6)
+
+
+@sac_only
+def test_sac_has_fpmds_defaults(script):
+    """But for what is the policy's own."""
+    fpmd = vars(__import__("fpmd_pixels_online").Args())
+    differ = {key for key, value in vars(script.Args()).items() if fpmd.get(key, value) != value}
+    assert differ == {"exp_name", "policy_lr", "alpha_init", "alpha_lr", "target_entropy_scale"}
 
 
 @fpmd_only
@@ -517,8 +531,15 @@ def test_sac_acts_by_its_mean_or_by_a_sample(script):
     """one_step is tanh of the mean and draws nothing; sampled and explore draw from the policy."""
     agent, args = make_agent(script)
     obs = images_batch(1)["obs"].expand(20_000, *SHAPE)
-    # one look will do: it is the same picture
-    mean, log_std = (x.detach() for x in agent.policy(agent.encoder(obs[:1])))
+    pictures = images_batch()["obs"]
+    mean, log_std = agent.policy(agent.encoder(pictures))
+    e = torch.randn((16, 2), generator=rng())
+    seen = script.act_one_step(agent, pictures, args, rng()), mean.tanh()
+    drawn = script.act_explore(agent, pictures, args, rng()), (mean + log_std.exp() * e).tanh()
+    for actions, expected in seen, drawn:
+        torch.testing.assert_close(actions, expected.detach())
+    # and many of one picture, which is looked at once
+    mean, log_std = mean[:1].detach(), log_std[:1].detach()
     agent.encoder.forward = lambda obs: torch.zeros((len(obs), 1))
     agent.acting_policy.forward = lambda h: (mean.expand(len(h), 2), log_std.expand(len(h), 2))
     generator = rng()
@@ -534,10 +555,10 @@ def test_sac_acts_by_its_mean_or_by_a_sample(script):
 @sac_only
 def test_sac_losses_against_their_formulas(script):
     """The density of tanh(u) by torch.distributions, y with the entropy's bonus, the least Q."""
-    agent, args = make_agent(script, gamma=0.9, reward_scale=0.7)
+    agent, args = make_agent(script, gamma=0.9, reward_scale=0.7, log_std_range=(-0.2, 0.1))
     batch = images_batch() | {"terminations": (torch.arange(16) % 3 == 0).float()}
     h = torch.randn((16, agent.encoder.out_dim), generator=rng())
-    states, next_states = agent.critic.states(h), agent.target_critic.states(-h)
+    states, next_states = agent.critic.states(h).detach(), agent.target_critic.states(-h)
     actions, bonus = batch["actions"].flip(0), torch.randn(16, generator=rng(1))
     seen = batch | {"obs": states, "next_obs": next_states}
     loss, q = script.critic_loss(agent.critic, agent.target_critic, seen, actions, bonus, args)
@@ -546,8 +567,12 @@ def test_sac_losses_against_their_formulas(script):
     assert torch.equal(q, agent.critic(states, batch["actions"])) and not q.requires_grad
     assert loss.item() == pytest.approx((q - y).square().mean(1).sum().item())
     e = torch.randn((16, 2), generator=rng(2))
-    loss, entropy = script.policy_loss(agent.policy, agent.critic, h, states, e, torch.tensor(0.3))
+    given = h, states, e, torch.tensor(0.3), True
+    loss, entropy = script.policy_loss(agent.policy, agent.critic, *given)
     mean, log_std = agent.policy(h)
+    raw = agent.policy.net(agent.policy.trunk(h))
+    assert mean.equal(raw[:, :2]) and log_std.equal(raw[:, 2:].clip(-0.2, 0.1))
+    assert not log_std.equal(raw[:, 2:])
     normal = torch.distributions.Normal(mean, log_std.exp())
     squash = torch.distributions.TanhTransform()
     a = (mean + log_std.exp() * e).tanh()
@@ -555,6 +580,9 @@ def test_sac_losses_against_their_formulas(script):
     assert entropy.item() == pytest.approx(-log_prob.mean().item(), rel=1e-4)
     expected = (0.3 * log_prob - agent.critic(states, a).min(0).values).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    gradients = (torch.autograd.grad(x, list(agent.policy.parameters())) for x in (loss, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 @sac_only
@@ -573,7 +601,7 @@ def test_a_sac_update_hands_over_the_right_numbers(script, monkeypatch):
     e, next_e = torch.randn((2, 16, 2), generator=draws)
     with torch.no_grad():
         h, next_h = before.encoder(batch["obs"]), before.encoder(batch["next_obs"])
-        actions, log_probs = script.sample(before.policy, next_h, next_e)
+        actions, log_probs = script.sample(before.policy, next_h, next_e, True)
         states = before.critic.states(h), before.target_critic.states(next_h)
         after = agent.critic.states(h)
     (_, _, seen, next_actions, bonus, _), _ = of_critics[0]
@@ -583,9 +611,11 @@ def test_a_sac_update_hands_over_the_right_numbers(script, monkeypatch):
     torch.testing.assert_close(next_actions, actions)
     torch.testing.assert_close(bonus, -0.7 * log_probs)
     assert critic is agent.critic and not torch.equal(after, states[0])
+    *given, correction = given
     for x, expected in zip(given, (h, after, e, torch.tensor(0.7)), strict=True):
         torch.testing.assert_close(x, expected)
         assert not x.requires_grad
+    assert correction is True
     assert metrics["policy/entropy"].equal(entropy)
     assert agent.log_alpha.grad.item() == pytest.approx(entropy.item() + 2)  # target: -act_dim
     # the critics' gradients are those of their own loss, the targets have none
@@ -1018,7 +1048,10 @@ SQUARE = {
 
 def returns_of(script, run, **changes):
     """Mean return of each mode at the end."""
-    settings = known(script, SQUARE) | changes
+    settings = known(script, SQUARE)
+    if script.__name__ == SAC:  # a constant rate
+        settings["policy_lr"] = 1e-3
+    settings |= changes
     table = rows(run(**settings), "evaluations")
     found = [dict(zip(table[0], row, strict=True)) for row in table[1:]]
     return {row["mode"]: float(row["return_mean"]) for row in found}
@@ -1031,10 +1064,7 @@ def test_a_moving_square_is_followed(script, run):
     Gaussian climbs its critics' slope.
     """
     steps = 600 if script.__name__ == "fpmd_meanflow_pixels_online" else 1_000
-    settings = {"total_timesteps": steps, "eval_every": steps}
-    if script.__name__ == SAC:
-        settings["policy_lr"] = 1e-3
-    assert returns_of(script, run, **settings)["one_step"] >= 39
+    assert returns_of(script, run, total_timesteps=steps, eval_every=steps)["one_step"] >= 39
 
 
 @pytest.mark.slow

@@ -68,12 +68,13 @@ class MeanAction(nn.Module):
 
     noise_shape = None
 
-    def __init__(self, *networks: nn.Module):
+    def __init__(self, *parts: nn.Module):
+        """parts: the policy, behind an encoder where it acts on frames."""
         super().__init__()
-        self.policy = copy.deepcopy(nn.Sequential(*networks)).requires_grad_(False)
+        self.policy = copy.deepcopy(nn.Sequential(*parts)).requires_grad_(False)
 
     def forward(self, obs: Tensor) -> Tensor:
-        """obs (B, obs_dim) -> actions in (-1, 1) (B, act_dim)."""
+        """Observations (B, ...) -> actions in (-1, 1) (B, act_dim)."""
         mean, _ = self.policy(obs)
         return mean.tanh()
 
