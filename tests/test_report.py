@@ -396,7 +396,10 @@ def test_returns_at_the_published_number_of_steps(copy):
     ]
     rows += [known | sac | {"seed": 2, "global_step": 90_000, "return_mean": 1}]
     rows += [row | {"mode": "best_of_n", "return_mean": 0} for row in rows]
-    table, text = tabled(copy, "plus-100k", "plus_100k_cpu.csv", rows)
+    of_sac = [row for row in rows if row["algorithm"] == "sac_online"]
+    write(copy / "benchmark/results/sac_100k_cpu.csv", of_sac)
+    ours = [row for row in rows if row not in of_sac]
+    table, text = tabled(copy, "plus-100k", "plus_100k_cpu.csv", ours)
     told = {line["method"]: line["HalfCheetah-v4"] for line in table}
     assert [*told][:3] == ["**FPMD+**", "**SAC, same critic**", "**SAC**"]
     half = 12.706 * 500  # t of one degree of freedom, times s / sqrt(2)

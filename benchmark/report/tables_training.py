@@ -300,8 +300,10 @@ def method_of(row: dict) -> str:
 
 
 def at_100k(path: Path) -> str:
-    """One-step returns at a number of steps, ours and below them the published ones."""
-    rows = [row for row in fmt.read(path) if row["mode"] == "one_step"]
+    """One-step returns at a number of steps, ours, SAC's in its file, and the published ones."""
+    sac = path.with_name("sac_100k_cpu.csv")
+    rows = fmt.read(path) + (fmt.read(sac) if sac.exists() else [])
+    rows = [row for row in rows if row["mode"] == "one_step"]
     steps = {row["total_timesteps"] for row in rows}
     rows = [row for row in rows if row["global_step"] == row["total_timesteps"]]
     published = [row for row in fmt.read(PUBLISHED) if {row["env_steps"]} == steps]
