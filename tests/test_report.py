@@ -5,6 +5,8 @@ import json
 import shutil
 import subprocess
 import sys
+from benchmark.report import style
+from benchmark.report.figures_training import draw_beside_sac
 from benchmark.runs import defaults
 from pathlib import Path
 
@@ -407,6 +409,32 @@ def test_returns_at_the_published_number_of_steps(copy):
     assert told["**SAC, same critic**"] == "6,000 (1)" and told["**SAC**"] == "5,000 (1)"
     assert told["SAC"] == "6,156 ± 528 (10)"  # 2.262 * 738 / sqrt(10)
     assert table[0]["Walker2d-v4"] == "-" and "at 100,000 steps" in text
+
+
+def test_the_figure_beside_sac_ends_where_runs_do(tmp_path, monkeypatch):
+    """A curve per method, the mean of its seeds as far as all have come; lines for others."""
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    known = {"env_id": "HalfCheetah-v4", "mode": "one_step"}
+    sac = {"algorithm": "sac_online", "flags": "--critic-batch-norm"}
+    plus = {"algorithm": "fpmd_plus_online", "flags": ""}
+    ends = (plus, 1, 100), (plus, 2, 100), (plus, 2, 200), (sac, 1, 200)
+    rows = [
+        known | own | {"seed": seed, "global_step": step, "return_mean": 10 * step + seed}
+        for own, seed, step in ends
+    ]
+    write(tmp_path / "plus.csv", rows[:-1])
+    write(tmp_path / "sac_100k_cpu.csv", rows[-1:])
+    labels = []
+    monkeypatch.setattr(style, "label_ends", lambda panel, found, gap: labels.extend(found))
+    draw_beside_sac(tmp_path / "plus.csv", tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 5_000
+    told = {text: height for height, text, _ in labels}
+    assert told == {
+        "FPMD+ (2)": 1001.5,
+        "SAC, same critic (1)": 2001,
+        "SAC, published": 6156,
+        "CrossQ, published": 8112,
+    }
 
 
 # ---------------------------------------------------------------------------- collect.py

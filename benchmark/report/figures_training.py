@@ -2,15 +2,19 @@
 
 import textwrap
 from benchmark.report import style
-from benchmark.report.formatting import references
+from benchmark.report.formatting import read, references
 from benchmark.report.training_runs import (
+    PUBLISHED_100K,
+    beside_sac,
     curve,
     experiments,
     last,
+    method_of,
     names,
     offline_steps,
     successes,
 )
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +57,41 @@ def draw_learning_curves(path: Path, output: Path) -> None:
         own = textwrap.wrap(own, 50, break_on_hyphens=False)
         panel.set_title("\n".join([f"{env_id}  ({setting})", *own]))
     figure.supxlabel("environment steps", fontsize="medium")
+    figure.supylabel("evaluation return", fontsize="medium")
+    style.save(figure, output)
+
+
+def draw_beside_sac(path: Path, output: Path) -> None:
+    """A panel per task: FPMD+ and SAC at as many updates, and where published ones end."""
+    runs = defaultdict(lambda: defaultdict(list))
+    for row in beside_sac(path):
+        runs[row["env_id"]][method_of(row), row["seed"]].append(row)
+    colours = {"FPMD+": style.ALGORITHMS["fpmd_plus_online"]}
+    colours |= {"SAC, same critic": style.ALGORITHMS["sac_online"], "SAC": style.GREY}
+    figure, panels = style.grid_of_panels(len(runs), 2.6)
+    for panel, (env_id, own) in zip(panels, runs.items(), strict=True):
+        labels = []
+        for method, colour in colours.items():
+            curves = [curve(rows, "one_step") for key, rows in own.items() if key[0] == method]
+            if not curves:
+                continue
+            steps = min((steps for steps, _ in curves), key=len)
+            values = np.array([returns[: len(steps)] for _, returns in curves])
+            style.draw_seeds(panel, steps, values, colour)
+            labels.append((values.mean(0)[-1], f"{method} ({len(curves)})", colour))
+        for row in read(PUBLISHED_100K):
+            if row["env"] == env_id and row["method"] in ("SAC", "CrossQ"):
+                height = float(row["return_mean"])
+                panel.axhline(height, color="0.5", ls=":", lw=1, zorder=0)
+                labels.append((height, f"{row['method']}, published", "0.5"))
+        low, high = panel.get_ylim()
+        style.label_ends(panel, labels, 0.075 * (high - low))
+        panel.set(xlim=(0, 100_000), ylim=(low, high), title=env_id)
+        panel.locator_params(axis="x", nbins=4)
+        panel.xaxis.set_major_formatter(style.thousands)
+        panel.yaxis.set_major_formatter(style.with_commas)
+        panel.grid(axis="y")
+    figure.supxlabel("environment steps, an update each", fontsize="medium")
     figure.supylabel("evaluation return", fontsize="medium")
     style.save(figure, output)
 

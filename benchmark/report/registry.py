@@ -10,7 +10,11 @@ from benchmark.report.figures_campaign import (
     draw_one_step_against_n,
 )
 from benchmark.report.figures_latency import draw_latency
-from benchmark.report.figures_training import draw_learning_curves, draw_success_rates
+from benchmark.report.figures_training import (
+    draw_beside_sac,
+    draw_learning_curves,
+    draw_success_rates,
+)
 from benchmark.report.tables_deploy import policies
 from benchmark.report.tables_latency import latency
 from collections.abc import Callable
@@ -55,6 +59,7 @@ CURVES = {
         draw_learning_curves,
         "fpmd_meanflow_online_200k_cpu.csv",
     ),
+    "plus_100k_cpu.png": (draw_beside_sac, "plus_100k_cpu.csv"),
     "mvp_online_cpu.png": (draw_learning_curves, "mvp_online_cpu.csv"),
     "offline_to_online_cpu.png": (draw_success_rates, "offline_to_online_cpu.csv"),
     "compile_cpu.png": (draw_learning_curves, "compile_cpu.csv"),

@@ -2,14 +2,16 @@
 
 import re
 import statistics
-from benchmark import RESULTS
 from benchmark.report import formatting as fmt
 from benchmark.report.formatting import table_with_note
 from benchmark.report.intervals import LAST, half_width, interval
 from benchmark.report.training_runs import (
+    PUBLISHED_100K,
+    beside_sac,
     curve,
     experiments,
     last,
+    method_of,
     names,
     offline_steps,
     split_flags,
@@ -18,7 +20,6 @@ from benchmark.report.training_runs import (
 from collections import defaultdict
 from pathlib import Path
 
-PUBLISHED = RESULTS / "published_100k.csv"
 ABLATION_LAST = 3  # the same in short runs that are compared with each other
 
 
@@ -292,24 +293,15 @@ def screen(path: Path) -> str:
     return table_with_note(table, note)
 
 
-def method_of(row: dict) -> str:
-    """A run's method among those that are compared at the same number of updates."""
-    if row["algorithm"] == "fpmd_plus_online":
-        return "**FPMD+**"
-    return "**SAC, same critic**" if "--critic-batch-norm" in row["flags"] else "**SAC**"
-
-
 def at_100k(path: Path) -> str:
     """One-step returns at a number of steps, ours, SAC's in its file, and the published ones."""
-    sac = path.with_name("sac_100k_cpu.csv")
-    rows = fmt.read(path) + (fmt.read(sac) if sac.exists() else [])
-    rows = [row for row in rows if row["mode"] == "one_step"]
+    rows = beside_sac(path)
     steps = {row["total_timesteps"] for row in rows}
     rows = [row for row in rows if row["global_step"] == row["total_timesteps"]]
-    published = [row for row in fmt.read(PUBLISHED) if {row["env_steps"]} == steps]
+    published = [row for row in fmt.read(PUBLISHED_100K) if {row["env_steps"]} == steps]
     returns, cells = defaultdict(list), {}
     for row in rows:
-        returns[method_of(row), row["env_id"]].append(float(row["return_mean"]))
+        returns[f"**{method_of(row)}**", row["env_id"]].append(float(row["return_mean"]))
     for place, own in returns.items():
         cells[place] = f"{fmt.across_seeds(own)} ({len(own)})"
     for row in published:

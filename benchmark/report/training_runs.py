@@ -1,9 +1,12 @@
 """Training runs as the tables and figures of single algorithms read them from collect.py's CSV."""
 
 import re
+from benchmark import RESULTS
 from benchmark.report.formatting import read
 from collections import defaultdict
 from pathlib import Path
+
+PUBLISHED_100K = RESULTS / "published_100k.csv"
 
 
 def experiments(path: Path) -> dict:
@@ -24,6 +27,20 @@ def successes(rows: list[dict], mode: str) -> dict[int, float]:
     """Success rate in per cent at each step of one run's evaluations in one mode."""
     rows = [row for row in rows if row["mode"] == mode]
     return {int(row["global_step"]): 100 * float(row["success_rate"]) for row in rows}
+
+
+def beside_sac(path: Path) -> list[dict]:
+    """One-step evaluations of FPMD+ and of SAC, whose campaign has a file of its own."""
+    sac = path.with_name("sac_100k_cpu.csv")
+    rows = read(path) + (read(sac) if sac.exists() else [])
+    return [row for row in rows if row["mode"] == "one_step"]
+
+
+def method_of(row: dict) -> str:
+    """A run's method among those that are compared at the same number of updates."""
+    if row["algorithm"] == "fpmd_plus_online":
+        return "FPMD+"
+    return "SAC, same critic" if "--critic-batch-norm" in row["flags"] else "SAC"
 
 
 def split_flags(key: tuple) -> list[str]:
