@@ -101,6 +101,8 @@ def test_publishing_copies_and_writes_a_row(publish_to, tmp_path):
     table = tables_deploy.policies(tmp_path / "policies.csv")
     command = f"`python fpmd_online.py --env-id Hopper-v4 --seed {first['seed']} --total-timesteps"
     assert command in table and "| 321 |" in table
+    publish.write_csv([rows[0] | {"flags": ""}], tmp_path / "policies.csv")
+    assert re.search(r"--total-timesteps \d+`", tables_deploy.policies(tmp_path / "policies.csv"))
 
 
 def test_what_cannot_be_published_leaves_nothing(publish_to, tmp_path, monkeypatch):

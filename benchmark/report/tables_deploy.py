@@ -12,7 +12,7 @@ def policies(path: Path) -> str:
         mean, std = float(row["return_mean"]), float(row["return_std"])
         rate = row["success_rate"]
         command = f"python {row['script']} --env-id {row['env_id']} --seed {row['seed']} "
-        command += f"--total-timesteps {row['total_timesteps']} {row['flags']}"
+        command += f"--total-timesteps {row['total_timesteps']} {row['flags']}".strip()
         table.append(
             {
                 "file": f"[`{row['policy']}.pt`](../policies/{row['policy']}.pt)",
