@@ -85,11 +85,9 @@ FAST = {"fpmd_online", "fpmd_meanflow_pixels_online"}
 ONE_IS_FAST = {"test_probes", "test_resume", "test_data", "test_speed", "test_trust", "test_pixels"}
 ONE_IS_FAST |= {"test_video_of_a_replay", "test_a_script_runs_alone"}
 # but not what SAC from pixels has alone
-OF_SAC_ALONE = """
-    test_sac_acts_by_its_mean_or_by_a_sample
-    test_sac_losses_against_their_formulas
-    test_a_sac_update_hands_over_the_right_numbers
-""".split()
+OF_SAC_ALONE = {"test_sac_acts_by_its_mean_or_by_a_sample"}
+OF_SAC_ALONE |= {"test_sac_losses_against_their_formulas"}
+OF_SAC_ALONE |= {"test_a_sac_update_hands_over_the_right_numbers"}
 
 
 # and here one script is tested alone: harder tests, run for all, include what these would show
@@ -142,7 +140,7 @@ def pytest_collection_modifyitems(config, items):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         script = parameters.get("script", parameters.get("name"))
         names = {item.module.__name__, item.originalname}
-        another = script in FILES and script not in FAST and not names & set(OF_SAC_ALONE)
+        another = script in FILES and script not in FAST and not names & OF_SAC_ALONE
         if names & ALWAYS_SLOW or (names & ONE_IS_FAST and another):
             item.add_marker(pytest.mark.slow)
         if (names & ONE_IS_ENOUGH and another) or (names & OWN_TEXT_ONLY and script in LIKE_OTHERS):

@@ -24,7 +24,6 @@ from fork_server import ForkServer, Result
 pytestmark = pytest.mark.slow
 NUMBERS = itertools.count()
 AT_ONCE = 2  # programs that run side by side
-SECONDS = 30  # more than this is a hang
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +95,7 @@ def try_case(case: Case, server: ForkServer, root: Path) -> tuple[str, str, str]
     if case.prepare:
         case.prepare(folder)
     before = listing(folder)
-    result = server.run(case.program, case.argv, folder, case.env, SECONDS, **case.options)
+    result = server.run(case.program, case.argv, folder, case.env, **case.options)
     found = faults(case, result, before, listing(folder))
     shutil.rmtree(folder)
     last = result.err.strip().splitlines()[-1:] or [""]
