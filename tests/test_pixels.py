@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import conftest
 import numpy as np
@@ -944,7 +945,7 @@ def test_a_policy_is_what_acts_and_knows_sizes_and_bounds(script, run):
 
 @pytest.mark.parametrize("command", list(commands(PIXELS)))
 def test_documented_commands_parse(command):
-    script = __import__(command[1].removesuffix(".py"))
+    script = __import__(Path(command[1]).stem)
     script.check_args(script.parse_args([] if "--evaluate" in command else command[2:]))
 
 
@@ -956,7 +957,7 @@ def in_a_process_of_its_own(code, tmp_path, **changes):
     names = (
         "import json, sys, time, resource, torch, numpy as np\n"
         "torch.set_num_threads(1)\n"
-        f"import {PIXELS[0]} as script\n"
+        f"import {FPMD_PIXELS[0]} as script\n"
         f"args = script.Args(**{changes!r})\n"
         "def resident():\n"
         "    line = [x for x in open('/proc/self/status') if x.startswith('VmRSS')][0]\n"
@@ -964,7 +965,7 @@ def in_a_process_of_its_own(code, tmp_path, **changes):
     )
     path = tmp_path / "measure.py"
     path.write_text(names + code)
-    env = {"PYTHONPATH": str(FILES[PIXELS[0]].parent), "OMP_NUM_THREADS": "1"}
+    env = {"PYTHONPATH": str(FILES[FPMD_PIXELS[0]].parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(path)]
     result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
@@ -1089,7 +1090,7 @@ def opengl():
     why_not = has_opengl()
     if why_not:
         pytest.skip(f"no OpenGL here: {why_not}")
-    return {"MUJOCO_GL": "egl", "PYTHONPATH": str(FILES[PIXELS[0]].parent)}
+    return {"MUJOCO_GL": "egl", "PYTHONPATH": str(FILES[FPMD_PIXELS[0]].parent)}
 
 
 def started(script, opengl, folder, **changes):
