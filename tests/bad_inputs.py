@@ -592,6 +592,8 @@ def words_of(title: str) -> list[str]:
     """What a refusal may say as well, where the flag or the device is what is wrong."""
     if title.startswith("args."):
         return [flag(title.removeprefix("args.").split()[0]), "was trained on"]
+    if title in ("args is {}", "args lacks env_id"):  # the default is another environment then
+        return ["would import", "was trained on"]
     return ["written on"] if "device" in title or "GPU" in title else []
 
 
