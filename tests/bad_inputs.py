@@ -593,7 +593,7 @@ def words_of(title: str) -> list[str]:
     if title.startswith("args."):
         return [flag(title.removeprefix("args.").split()[0]), "was trained on"]
     if title in ("args is {}", "args lacks env_id"):  # the default is another environment then
-        return ["would import", "was trained on"]
+        return ["would import"]
     return ["written on"] if "device" in title or "GPU" in title else []
 
 

@@ -51,9 +51,9 @@ class Process:
             self.status = self.server.ask(poll=self.pid)
         return self.status
 
-    def wait(self, seconds: float = PATIENCE, sweep: bool = True) -> Result:
+    def wait(self, sweep: bool = True) -> Result:
         """Until it ends; then nothing that it started is left, unless it shall not be swept."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE
         while self.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         status = self.status

@@ -20,6 +20,17 @@ from pathlib import Path
 import numpy as np
 
 
+def finish(panel, labels: list[tuple], last_step: int) -> None:
+    """Returns against steps: names beside the right end, and the axes."""
+    low, high = panel.get_ylim()
+    style.label_ends(panel, labels, 0.075 * (high - low))
+    panel.set(xlim=(0, last_step), ylim=(low, high))
+    panel.locator_params(axis="x", nbins=4)
+    panel.xaxis.set_major_formatter(style.thousands)
+    panel.yaxis.set_major_formatter(style.with_commas)
+    panel.grid(axis="y")
+
+
 def draw_learning_curves(path: Path, output: Path) -> None:
     """A panel per experiment: both evaluation modes against environment steps."""
     found, reference = experiments(path), references()
@@ -43,14 +54,7 @@ def draw_learning_curves(path: Path, output: Path) -> None:
                 height = reference[env_id, policy]
                 panel.axhline(height, color="0.5", ls=":", lw=1, zorder=0)
                 labels.append((height, text, "0.5"))
-        low, high = panel.get_ylim()
-        style.label_ends(panel, labels, 0.075 * (high - low))
-        panel.set_ylim(low, high)
-        panel.set_xlim(0, steps[-1])
-        panel.locator_params(axis="x", nbins=4)
-        panel.xaxis.set_major_formatter(style.thousands)
-        panel.yaxis.set_major_formatter(style.with_commas)
-        panel.grid(axis="y")
+        finish(panel, labels, steps[-1])
         count = f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
         setting = f"N = {end['num_candidates']}, T = {end['nfe']}, {count}"
         own = f"UTD {end['utd']} {own}" if own else ""  # what tells this panel from another
@@ -84,13 +88,8 @@ def draw_beside_sac(path: Path, output: Path) -> None:
                 height = float(row["return_mean"])
                 panel.axhline(height, color="0.5", ls=":", lw=1, zorder=0)
                 labels.append((height, f"{row['method']}, published", "0.5"))
-        low, high = panel.get_ylim()
-        style.label_ends(panel, labels, 0.075 * (high - low))
-        panel.set(xlim=(0, 100_000), ylim=(low, high), title=env_id)
-        panel.locator_params(axis="x", nbins=4)
-        panel.xaxis.set_major_formatter(style.thousands)
-        panel.yaxis.set_major_formatter(style.with_commas)
-        panel.grid(axis="y")
+        finish(panel, labels, 100_000)
+        panel.set_title(env_id)
     figure.supxlabel("environment steps, an update each", fontsize="medium")
     figure.supylabel("evaluation return", fontsize="medium")
     style.save(figure, output)
