@@ -3,10 +3,10 @@
 FPMD-M's policy u, with critics that predict distributions Z of normalised returns (C51), and that
 BatchNorm lets do without target networks (CrossQ). An update perturbs the policy's own one-step
 action N times, weighs the results by a softmax of Q within the state, and moves the action to
-their mean. e, n_i ~ N(0, I), and Z' is Z without gradients, in the same batch.
+their mean. e, n_i ~ N(0, I); Z' is Z without gradients, in the same batch; critics see clip(a).
 
     generate       z_1 = prior_std * e,  a(s, e) = z_1 - u(s, z_1, 0, 1)
-    propose        a_i = clip(a(s, e) + noise_scale n_i),  i = 1..N around one latent e
+    propose        a_i = a(s, e) + noise_scale n_i,  i = 1..N around one latent e
     critic_loss    cross entropy of Z_j(s, a) with  r / scale + gamma (1 - terminated) Z'(s', a_1),
                    Z' the one of the smaller mean, projected onto the atoms
     candidate_weights   w_i = softmax_i(Q(s', a_i) / (sigma lambda)),  KL(w || 1 / N) = target_kl
@@ -18,9 +18,8 @@ their mean. e, n_i ~ N(0, I), and Z' is Z without gradients, in the same batch.
 Four parts: 1 METHOD, 2 TRAINING, 3 PLUMBING, 4 SPEED. Stop after part 2, and you have read
 the algorithm end to end, from env.step to the optimizers.
 
-Sources: One-Step Flow Policy Mirror Descent, https://arxiv.org/abs/2507.23675;
-C51, https://arxiv.org/abs/1707.06887; CrossQ, https://arxiv.org/abs/1902.05605;
-SimbaV2 (rewards), https://arxiv.org/abs/2502.15280
+Sources: FPMD, https://arxiv.org/abs/2507.23675; C51, https://arxiv.org/abs/1707.06887; CrossQ,
+https://arxiv.org/abs/1902.05605; SimbaV2 (rewards), https://arxiv.org/abs/2502.15280
 """
 
 # /// script
@@ -96,20 +95,21 @@ class Args:
     utd: float = 1.0  # update-to-data ratio: gradient updates per environment step
     num_candidates: int = 8  # N, actions weighed per state
     prior_std: float = 0.5  # std of z_1
-    noise_scale: float = 0.2  # std of the noise on candidates, in acting and learning
+    noise_scale: float = 0.2  # std of candidates' noise, in acting and learning
     imitation: Literal["regression", "meanflow"] = "regression"  # see propose and policy_loss
     weights: Literal["softmax", "best"] = "softmax"  # of all candidates, or the best alone
-    target_kl: float = 1.0  # KL of the weights from 1 / N that their temperature is steered to
-    temperature_init: float = 0.4  # lambda at the start, in std of Q within a state
+    target_kl: float = 1.0  # KL of the weights from 1 / N; their temperature sees to it
+    temperature_init: float = 0.4  # lambda at first, in std of Q within a state
     temperature_rate: float = 0.01  # step of log lambda per unit of KL too much
     td_action: Literal["sample", "best"] = "sample"  # a' in the TD target: first or best
     normalize_rewards: bool = True  # divide rewards by a running scale of discounted returns
     num_atoms: int = 101  # K of a return's distribution (C51), 1: its mean alone
     v_max: float = 5.0  # atoms lie in [-v_max, v_max], in which normalised returns fit
     critic_lr: float = 1e-3  # Adam step size of the critics
-    policy_lr: float = 3e-4  # Adam step size of the policy
+    policy_lr: float = 1e-3  # Adam step size of the policy
+    adam_beta1: float = 0.5  # of Adam; 0.9 is usual
     hidden_dim: int = 256  # width of the hidden layers
-    critic_layers: int = 2  # hidden layers of the critics, with ReLU; the policy has 3
+    critic_layers: int = 2  # hidden ReLU layers of the critics; the policy has 3
 
     # --- speed: how it is computed ---
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, mps
@@ -201,15 +201,14 @@ class AverageVelocityField(nn.Module):
 
 
 class TwinCritic(nn.Module):
-    """Two independent distributions of the return Z(s, a) on K atoms; Q is their mean."""
+    """Two distributions of the return Z(s, a) on K atoms; Q is their mean."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
         sizes = (obs_dim, act_dim), args.hidden_dim, args.num_atoms, args.critic_layers
         self.norm_obs = BatchNorm(obs_dim, bias=False)
         self.norm_actions = BatchNorm(act_dim, bias=False)
-        self.z1 = MLP(*sizes, norm=True, act=nn.ReLU)
-        self.z2 = MLP(*sizes, norm=True, act=nn.ReLU)
+        self.z1, self.z2 = (MLP(*sizes, norm=True, act=nn.ReLU) for _ in range(2))
         self.register_buffer("atoms", torch.linspace(-args.v_max, args.v_max, args.num_atoms))
         self.eval()  # but in update_critic
 
@@ -239,12 +238,11 @@ class RewardScale(nn.Module):
 
     @torch.no_grad()
     def observe(self, rewards: np.ndarray, ended: np.ndarray, args: Args) -> None:
-        """A step's rewards (num_envs,), and whether it ended an episode."""
+        """A step's rewards (num_envs,), and whether it ended an episode; Welford's update."""
         if not args.normalize_rewards:
             return
         device = self.scale.device
         self.returns.mul_(args.gamma).add_(torch.tensor(np.float32(rewards), device=device))
-        # Welford's update by a batch
         self.count += len(self.returns)
         shift = self.returns - self.mean
         self.mean += shift.sum() / self.count
@@ -270,7 +268,8 @@ class Agent(nn.Module):
         self.to(device)
         self.device = device
         self.updates = 0
-        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+        common = {"betas": (args.adam_beta1, 0.999), "fused": True}
+        adam = partial(torch.optim.Adam, capturable=device.type == "cuda", **common)
         self.optimizers = {
             "critic": adam(self.critic.parameters(), args.critic_lr),
             "policy": adam(self.policy.parameters(), args.policy_lr),
@@ -285,14 +284,14 @@ def generate(policy: nn.Module, obs: Tensor, z: Tensor) -> Tensor:
 
 
 def propose(policy: nn.Module, obs: Tensor, noise_scale: float, args: Args, rng: Generator):
-    """N candidates (N, B, act_dim); the policy's own actions, their latents (..., B, act_dim)."""
+    """N unclipped candidates (N, B, act_dim); own actions, their latents (..., B, act_dim)."""
     shape = (2, args.num_candidates, len(obs), policy.act_dim)
     latents, noise = torch.randn(shape, generator=rng, device=obs.device)
     z = args.prior_std * latents
     if args.imitation == "regression":
         z = z[0]  # one for all candidates of a state
     own = generate(policy, obs, z)
-    return (own + noise_scale * noise).clamp(-1, 1), own, z
+    return own + noise_scale * noise, own, z
 
 
 def take(candidates: Tensor, index: Tensor) -> Tensor:
@@ -315,17 +314,17 @@ def act_one_step(agent: Agent, obs: Tensor, args: Args, rng: Generator) -> Tenso
 
 @torch.no_grad()
 def act_best_of_n(agent: Agent, obs: Tensor, args: Args, rng: Generator) -> Tensor:
-    """The best of N latents, without noise on their actions."""
+    """Best of N latents, without noise."""
     shape = (args.num_candidates, len(obs), agent.policy.act_dim)
     z = args.prior_std * torch.randn(shape, generator=rng, device=obs.device)
-    return select_action(agent.critic, obs, generate(agent.acting_policy, obs, z))[0]
+    return select_action(agent.critic, obs, generate(agent.acting_policy, obs, z).clamp(-1, 1))[0]
 
 
 @torch.no_grad()
 def act_explore(agent: Agent, obs: Tensor, args: Args, rng: Generator) -> Tensor:
-    """The best of the N candidates that learning would weigh."""
+    """Best of the candidates that learning weighs."""
     candidates, _, _ = propose(agent.acting_policy, obs, args.noise_scale, args, rng)
-    return select_action(agent.critic, obs, candidates)[0]
+    return select_action(agent.critic, obs, candidates.clamp(-1, 1))[0]
 
 
 # ------------ learning
@@ -429,15 +428,16 @@ def update(agent, batch: dict, args: Args, rng, _improve_policy=True, losses=Non
         # ranking needs Q to more than bfloat16's three digits
         with torch.autocast(rng.device.type, torch.bfloat16, args.precision == "bfloat16"):
             candidates, own, z = propose(agent.policy, obs, args.noise_scale, args, rng)
-        best, scores = select_action(agent.critic, obs, candidates)
+        clipped = candidates.clamp(-1, 1)  # for critics and environments alone
+        best, scores = select_action(agent.critic, obs, clipped)
         w = candidate_weights(agent, scores, args)
         metrics = {"policy/flow_spread": latent_spread(agent.policy, obs, own, args, rng)}
-    next_actions = best if args.td_action == "best" else candidates[0]
+    next_actions = best if args.td_action == "best" else clipped[0]
     metrics |= update_critic(agent, batch, next_actions, args, losses[0])
     metrics |= update_policy(agent, obs, z, candidates, w, args, rng, losses[1])
     metrics["policy/kl"] = update_temperature(agent, w, args)
     move_towards(agent.acting_policy, agent.policy, args.tau)
-    metrics["policy/candidate_spread"] = candidates.std(0, correction=0).mean()
+    metrics["policy/candidate_spread"] = clipped.std(0, correction=0).mean()
     metrics["policy/ess"] = (1 / (len(w) * w.square().sum(0))).mean()
     metrics["policy/temperature"] = agent.log_temperature.exp()
     return metrics | {"charts/reward_scale": agent.reward_scale.scale.clone()}
@@ -1464,8 +1464,9 @@ MODES = {"one_step": act_one_step, "best_of_n": act_best_of_n}  # of evaluation
 DEPLOYED = "one_step"
 ALGORITHM = __doc__.partition(":")[0]  # of whom a file is, whatever the script is called
 MAY_BE_ZERO = {"seed", "eval_every", "checkpoint_every", "torch_threads", "noise_scale"}
-MAY_BE_ZERO |= {"temperature_rate"}
+MAY_BE_ZERO |= {"temperature_rate", "adam_beta1"}
 AT_MOST = {"gamma": 1, "tau": 1, "temperature_rate": 1, "temperature_init": 1_000}
+AT_MOST |= {"adam_beta1": 0.999}
 AT_MOST |= {"seed": 2**32 - 1, "num_envs": 10_000, "eval_episodes": 10_000}
 AT_MOST |= {"utd": 1_000, "torch_threads": 1_024}
 RISING = set()
@@ -1493,20 +1494,20 @@ def own_rules(args: Args) -> list[tuple[bool, str]]:
     kl_limit = math.log(max(args.num_candidates, 1))  # of one candidate from all N
     steered = args.weights == "softmax" and args.temperature_rate > 0
     choice = args.noise_scale > 0 or args.imitation == "meanflow"
-    scaled = args.num_atoms > 1 or args.normalize_rewards
-    usual = {name: getattr(args, name) == getattr(Args, name) for name in ("target_kl", "v_max")}
+    scaled = args.num_atoms > 1 or args.normalize_rewards or args.v_max == Args.v_max
+    usual = args.target_kl == Args.target_kl
     reach = f"--target-kl must be below the log of --num-candidates, {kl_limit:.2f}"
     return [
         (args.num_atoms != 2, "--num-atoms 2 is too few: 1, or at least 3"),
         (args.target_kl < kl_limit or not steered, reach),
-        (steered or usual["target_kl"], "--target-kl does nothing with --temperature-rate 0"),
+        (steered or usual, "--target-kl does nothing with --temperature-rate 0"),
         (args.temperature_init >= 1e-3, "--temperature-init must be at least 0.001"),
         (choice, "--noise-scale 0 leaves --imitation regression nothing to choose from"),
         (
             args.num_candidates > 1 or args.td_action == "sample",
             "--td-action best needs --num-candidates 2",
         ),
-        (scaled or usual["v_max"], "--v-max does nothing without --num-atoms above 1"),
+        (scaled, "--v-max does nothing without --num-atoms above 1"),
         (args.num_envs <= args.total_timesteps, f"--num-envs {no_more} --total-timesteps"),
         (args.num_envs <= args.buffer_size, f"--num-envs {no_more} --buffer-size"),
         (args.batch_size <= args.learning_starts, f"--batch-size {no_more} --learning-starts"),

@@ -116,6 +116,7 @@ class Args:
     critic_lr: float = 3e-4  # Adam step size of the critics
     critic_steps: int = 2  # Adam steps per critic gradient, as in FPMD; SAC takes 1
     policy_lr: float = 3e-4  # Adam step size of the policy
+    adam_beta1: float = 0.9  # of Adam's average of gradients; CrossQ has 0.5
     alpha_init: float = 2.718281828459045  # at the start: e, as FPMD's authors
     alpha_lr: float = 3e-4  # Adam step size of log alpha
     target_entropy_scale: float = 1.0  # alpha holds the entropy at -scale * act_dim
@@ -226,12 +227,11 @@ class RewardScale(nn.Module):
 
     @torch.no_grad()
     def observe(self, rewards: np.ndarray, ended: np.ndarray, args: Args) -> None:
-        """A step's rewards (num_envs,), and whether it ended an episode."""
+        """A step's rewards (num_envs,), and whether it ended an episode; Welford's update."""
         if not args.normalize_rewards:
             return
         device = self.scale.device
         self.returns.mul_(args.gamma).add_(torch.tensor(np.float32(rewards), device=device))
-        # Welford's update by a batch
         self.count += len(self.returns)
         shift = self.returns - self.mean
         self.mean += shift.sum() / self.count
@@ -261,7 +261,8 @@ class Agent(nn.Module):
         self.device = device
         self.updates = 0
 
-        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+        common = {"betas": (args.adam_beta1, 0.999), "fused": True}
+        adam = partial(torch.optim.Adam, capturable=device.type == "cuda", **common)
         self.optimizers = {
             "critic": adam(self.critic.parameters(), args.critic_lr),
             "policy": adam(self.policy.parameters(), args.policy_lr),
@@ -1433,8 +1434,8 @@ def load(path: str, name: str) -> tuple[Path, dict]:
 METRICS = "losses/critic_loss", "losses/q_values", "losses/policy_loss"
 METRICS += "policy/entropy", "policy/alpha"
 ALGORITHM = __doc__.partition(":")[0]  # of whom a file is, whatever the script is called
-MAY_BE_ZERO = {"seed", "eval_every", "checkpoint_every", "torch_threads"}
-AT_MOST = {"gamma": 1, "tau": 1, "num_atoms": 1_001}
+MAY_BE_ZERO = {"seed", "eval_every", "checkpoint_every", "torch_threads", "adam_beta1"}
+AT_MOST = {"gamma": 1, "tau": 1, "num_atoms": 1_001, "adam_beta1": 0.999}
 AT_MOST |= {"seed": 2**32 - 1, "num_envs": 10_000, "eval_episodes": 10_000}
 AT_MOST |= {"utd": 1_000, "torch_threads": 1_024}
 RISING = {"log_std_range"}

@@ -478,7 +478,7 @@ def test_a_kl_out_of_reach_stays_finite(scores, end):
 
 
 def test_candidates_share_a_latent():
-    """a_i = clip(a(s, e) + noise_scale n_i): one evaluation of the policy for all of them."""
+    """a_i = a(s, e) + noise_scale n_i: one evaluation of the policy for all of them."""
     field = OneStep(lambda z: 0.5 * z, act_dim=2, script=plus)
     args = plus.Args(num_candidates=6, noise_scale=0.1)
     candidates, own, z = plus.propose(field, torch.zeros(4_000, 3), 0.1, args, rng())
@@ -486,13 +486,27 @@ def test_candidates_share_a_latent():
     assert len(field.calls) == 1 and field.calls[0][1] is z
     assert z.std().item() == pytest.approx(args.prior_std, rel=0.03)
     torch.testing.assert_close(own, 0.5 * z)
-    inside = (own.abs() < 0.4).all(-1)
-    noise = (candidates - own)[:, inside]
+    noise = candidates - own
     assert noise.std().item() == pytest.approx(0.1, rel=0.03)
-    table = torch.corrcoef(torch.cat([noise[..., 0], own[None, inside, 0]]))
+    table = torch.corrcoef(torch.cat([noise[..., 0], own[None, :, 0]]))
     assert (table - torch.eye(7)).abs().max() < 0.1
-    loud, _, _ = plus.propose(field, torch.zeros(400, 3), 5.0, args, rng())
-    assert loud.abs().max() == 1
+
+
+def test_candidates_are_clipped_for_critics_and_environments_alone(monkeypatch):
+    """Clipped ones would draw an action at the bound inwards, whatever Q says."""
+    agent, args = make_agent(noise_scale=0.5, num_candidates=64, td_action="sample")
+    at_bound = OneStep(lambda z: torch.ones_like(z), act_dim=ACT, script=plus)
+    candidates, _, _ = plus.propose(at_bound, torch.zeros(500, OBS), 0.5, args, rng())
+    assert candidates.mean().item() == pytest.approx(1, abs=0.01)
+    asked = spy(monkeypatch, plus.TwinCritic, "logits")
+    imitated = spy(monkeypatch, plus, "update_policy")
+    one_update(plus, agent, make_batch(), args, rng())
+    taken = plus.act_explore(agent, torch.randn(99, OBS), args, rng())
+    assert len(asked) == 3  # at s', in the loss, in acting
+    assert {actions.abs().max().item() for (_, _, actions), _ in asked} == {1}
+    assert taken.abs().max() <= 1
+    (_, _, _, candidates, *_), _ = imitated[0]
+    assert candidates.abs().max() > 1
 
 
 def test_meanflows_candidates_have_latents_of_their_own():
@@ -500,7 +514,7 @@ def test_meanflows_candidates_have_latents_of_their_own():
     args = plus.Args(num_candidates=6, imitation="meanflow")
     candidates, own, z = plus.propose(field, torch.zeros(4_000, 3), 0.0, args, rng())
     assert own.shape == z.shape == candidates.shape == (6, 4_000, 2)
-    torch.testing.assert_close(candidates, (0.5 * z).clamp(-1, 1))
+    torch.testing.assert_close(candidates, 0.5 * z)
     table = torch.corrcoef(z[..., 0])
     assert (table - torch.eye(6)).abs().max() < 0.1
 
@@ -528,11 +542,12 @@ def test_update_uses_one_generation_for_both_losses(monkeypatch, imitation, td_a
     ((given, (candidates, _, z)),) = calls["propose"]
     assert given[0] is agent.policy and given[1].equal(batch["next_obs"])
     assert given[2] == args.noise_scale
+    clipped = candidates.clamp(-1, 1)
     with torch.no_grad():
-        scores = critic(batch["next_obs"], candidates).amin(0)
+        scores = critic(batch["next_obs"], clipped).amin(0)
     best = scores.argmax(0)
     rows = torch.arange(BATCH)
-    expected = candidates[0] if td_action == "sample" else candidates[best, rows]
+    expected = clipped[0] if td_action == "sample" else clipped[best, rows]
     assert calls["critic_loss"][0][0][2].equal(expected)
     assert 0 < (best == 0).float().mean() < 1
     (_, obs, step_z, step_candidates, w, *_), _ = calls["update_policy"][0]
@@ -547,7 +562,7 @@ def test_update_uses_one_generation_for_both_losses(monkeypatch, imitation, td_a
         torch.testing.assert_close(targets, (w[:, :, None] * candidates).sum(0))
         assert loss_z.equal(z)
     else:  # one of them each, not always the best
-        gaps = (candidates - targets).abs().amax(-1)
+        gaps = (clipped - targets).abs().amax(-1)
         assert gaps.amin(0).max() == 0 and 0 < (gaps.argmin(0) == best).float().mean() < 1
         assert (r <= t).all() and noise.shape == targets.shape
 
@@ -659,7 +674,9 @@ def test_steps_are_adams_on_the_two_losses(monkeypatch, setting):
     agent, args = make_agent(**setting)
     manual = copy.deepcopy(agent.policy), copy.deepcopy(agent.critic)
     sizes = args.policy_lr, args.critic_lr
-    adams = [torch.optim.Adam(n.parameters(), lr) for n, lr in zip(manual, sizes, strict=True)]
+    betas = args.adam_beta1, 0.999
+    assert betas[0] == 0.5
+    adams = [torch.optim.Adam(n.parameters(), x, betas) for n, x in zip(manual, sizes, strict=True)]
     calls = [spy(monkeypatch, plus, name) for name in ("policy_loss", "critic_loss")]
     for i in range(3):
         one_update(plus, agent, make_batch(i), args, rng(i))
@@ -698,7 +715,7 @@ def test_metrics_against_numpy(monkeypatch, setting):
     w = w.double().numpy()
     assert metrics["policy/kl"].item() == pytest.approx(kl, rel=1e-4)
     assert metrics["policy/ess"].item() == pytest.approx((1 / (4 * (w**2).sum(0))).mean(), rel=1e-4)
-    spread = candidates.double().numpy().std(0).mean()
+    spread = candidates.clamp(-1, 1).double().numpy().std(0).mean()
     assert metrics["policy/candidate_spread"].item() == pytest.approx(spread, rel=1e-4)
     step = 0 if args.weights == "best" else 0.01 * (kl - 1)
     assert metrics["policy/temperature"].item() == pytest.approx(math.exp(before + step), rel=1e-5)
@@ -761,14 +778,16 @@ def test_exploring_ranks_perturbations_and_best_of_n_latents():
     obs = torch.randn(200, OBS)
     candidates, _, _ = plus.propose(agent.acting_policy, obs, 0.3, args, rng())
     with torch.no_grad():
+        candidates = candidates.clamp(-1, 1)
         best = agent.critic(obs, candidates).amin(0).argmax(0)
     explored = act(plus, agent, obs, args, rng(), "explore")
     assert explored.equal(candidates[best, torch.arange(200)].detach())
     z = 0.5 * torch.randn((4, 200, ACT), generator=rng())
     with torch.no_grad():
         own = plus.generate(agent.acting_policy, obs, z)
+        own = own.clamp(-1, 1)
         best = agent.critic(obs, own).amin(0).argmax(0)
-    expected = own[best, torch.arange(200)].clamp(-1, 1)
+    expected = own[best, torch.arange(200)]
     assert act(plus, agent, obs, args, rng(), "best_of_n").equal(expected)
 
 
@@ -807,7 +826,7 @@ def test_a_latent_climbs_its_own_hill():
     own = start.clone()
     for _ in range(200):
         noise = torch.randn((8, 2_000, 1), generator=generator)
-        candidates = (own + 0.1 * noise).clamp(-1, 1)
+        candidates = own + 0.1 * noise
         scores = -(candidates - hills).square().amin(-1)
         w = plus.candidate_weights(agent, scores, args)
         own += 0.3 * ((w[:, :, None] * candidates).sum(0) - own)

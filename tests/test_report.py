@@ -388,9 +388,12 @@ def test_returns_at_the_published_number_of_steps(copy):
     known = {"device": "a CPU", "threads": 1, "torch": "2.13.0", "commit": "0" * 40}
     known |= {"total_timesteps": 100_000, "env_id": "HalfCheetah-v4", "mode": "one_step"}
     sac = {"algorithm": "sac_online", "flags": "--utd 1.0"}
-    same = sac | {"flags": "--critic-batch-norm --utd 1.0"}
+    same = sac | {"flags": "--critic-batch-norm --adam-beta1 0.5 --utd 1.0"}
+    slow = sac | {"flags": "--critic-batch-norm --utd 1.0"}
     plus = {"algorithm": "fpmd_plus_online", "flags": ""}
-    runs = (plus, 1, 7000), (plus, 2, 8000), (same, 1, 6000), (sac, 1, 5000)
+    slow_plus = plus | {"flags": "--policy-lr 0.0003 --adam-beta1 0.9"}
+    runs = (plus, 1, 7000), (plus, 2, 8000), (slow_plus, 1, 4000)
+    runs += (same, 1, 6000), (slow, 1, 3000), (sac, 1, 5000)
     rows = [
         known | own | {"seed": seed, "global_step": step, "return_mean": value - 100_000 + step}
         for own, seed, value in runs
@@ -403,7 +406,16 @@ def test_returns_at_the_published_number_of_steps(copy):
     ours = [row for row in rows if row not in of_sac]
     table, text = tabled(copy, "plus-100k", "plus_100k_cpu.csv", ours)
     told = {line["method"]: line["HalfCheetah-v4"] for line in table}
-    assert [*told][:3] == ["**FPMD+**", "**SAC, same critic**", "**SAC**"]
+    ours = [
+        "FPMD+",
+        "FPMD+, slow policy",
+        "SAC, same critic",
+        "SAC, same critic, slow policy",
+        "SAC",
+    ]
+    assert [*told][:5] == [f"**{method}**" for method in ours]
+    assert told["**FPMD+, slow policy**"] == "4,000 (1)"
+    assert told["**SAC, same critic, slow policy**"] == "3,000 (1)"
     half = 12.706 * 500  # t of one degree of freedom, times s / sqrt(2)
     assert told["**FPMD+**"] == f"7,500 ± {half:,.0f} (2)"
     assert told["**SAC, same critic**"] == "6,000 (1)" and told["**SAC**"] == "5,000 (1)"
@@ -415,9 +427,10 @@ def test_the_figure_beside_sac_ends_where_runs_do(tmp_path, monkeypatch):
     """A curve per method, the mean of its seeds as far as all have come; lines for others."""
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
     known = {"env_id": "HalfCheetah-v4", "mode": "one_step"}
-    sac = {"algorithm": "sac_online", "flags": "--critic-batch-norm"}
+    sac = {"algorithm": "sac_online", "flags": "--critic-batch-norm --adam-beta1 0.5"}
     plus = {"algorithm": "fpmd_plus_online", "flags": ""}
-    ends = (plus, 1, 100), (plus, 2, 100), (plus, 2, 200), (sac, 1, 200)
+    slow = plus | {"flags": "--adam-beta1 0.9"}
+    ends = (plus, 1, 100), (plus, 2, 100), (plus, 2, 200), (slow, 1, 300), (sac, 1, 200)
     rows = [
         known | own | {"seed": seed, "global_step": step, "return_mean": 10 * step + seed}
         for own, seed, step in ends
@@ -431,6 +444,7 @@ def test_the_figure_beside_sac_ends_where_runs_do(tmp_path, monkeypatch):
     told = {text: height for height, text, _ in labels}
     assert told == {
         "FPMD+ (2)": 1001.5,
+        "FPMD+, slow policy (1)": 3001,
         "SAC, same critic (1)": 2001,
         "SAC, published": 6156,
         "CrossQ, published": 8112,

@@ -71,17 +71,22 @@ def draw_beside_sac(path: Path, output: Path) -> None:
     for row in beside_sac(path):
         runs[row["env_id"]][method_of(row), row["seed"]].append(row)
     colours = {"FPMD+": style.ALGORITHMS["fpmd_plus_online"]}
-    colours |= {"SAC, same critic": style.ALGORITHMS["sac_online"], "SAC": style.GREY}
+    colours |= {"SAC, same critic": style.ALGORITHMS["sac_online"]}
+    lines = {method: (colour, "-") for method, colour in colours.items()}
+    lines |= {
+        f"{method}, slow policy": (colour, style.DASHES) for method, colour in colours.items()
+    }
+    lines["SAC"] = style.GREY, "-"
     figure, panels = style.grid_of_panels(len(runs), 2.6)
     for panel, (env_id, own) in zip(panels, runs.items(), strict=True):
         labels = []
-        for method, colour in colours.items():
+        for method, (colour, dashes) in lines.items():
             curves = [curve(rows, "one_step") for key, rows in own.items() if key[0] == method]
             if not curves:
                 continue
             steps = min((steps for steps, _ in curves), key=len)
             values = np.array([returns[: len(steps)] for _, returns in curves])
-            style.draw_seeds(panel, steps, values, colour)
+            style.draw_seeds(panel, steps, values, colour, dashes)
             labels.append((values.mean(0)[-1], f"{method} ({len(curves)})", colour))
         for row in read(PUBLISHED_100K):
             if row["env"] == env_id and row["method"] in ("SAC", "CrossQ"):

@@ -38,9 +38,12 @@ def beside_sac(path: Path) -> list[dict]:
 
 def method_of(row: dict) -> str:
     """A run's method among those that are compared at the same number of updates."""
+    flags = row["flags"]
     if row["algorithm"] == "fpmd_plus_online":
-        return "FPMD+"
-    return "SAC, same critic" if "--critic-batch-norm" in row["flags"] else "SAC"
+        return "FPMD+, slow policy" if "--adam-beta1 0.9" in flags else "FPMD+"
+    if "--critic-batch-norm" in flags:
+        return "SAC, same critic" + ("" if "--adam-beta1" in flags else ", slow policy")
+    return "SAC"
 
 
 def split_flags(key: tuple) -> list[str]:
