@@ -6,7 +6,7 @@ action N times, weighs the results by a softmax of Q within the state, and moves
 their mean. e, n_i ~ N(0, I); Z' is Z without gradients, in the same batch; critics see clip(a).
 
     generate       z_1 = prior_std * e,  a(s, e) = z_1 - u(s, z_1, 0, 1)
-    propose        a_i = a(s, e) + noise_scale n_i,  i = 1..N around one latent e
+    propose        a_i = clip(a(s, e)) + noise_scale n_i,  i = 1..N around one latent e
     critic_loss    cross entropy of Z_j(s, a) with  r / scale + gamma (1 - terminated) Z'(s', a_1),
                    Z' the one of the smaller mean, projected onto the atoms
     candidate_weights   w_i = softmax_i(Q(s', a_i) / (sigma lambda)),  KL(w || 1 / N) = target_kl
@@ -291,7 +291,7 @@ def propose(policy: nn.Module, obs: Tensor, noise_scale: float, args: Args, rng:
     if args.imitation == "regression":
         z = z[0]  # one for all candidates of a state
     own = generate(policy, obs, z)
-    return own + noise_scale * noise, own, z
+    return own.clamp(-1, 1) + noise_scale * noise, own, z
 
 
 def take(candidates: Tensor, index: Tensor) -> Tensor:

@@ -22,11 +22,12 @@ The defaults match fpmd_online.py's networks, critics and budget; CleanRL's sett
         --hidden-layers 2 --activation relu --log-std-range -5 2 --critic-lr 1e-3 --critic-steps 1 \
         --alpha-init 1 --alpha-lr 1e-3
 
-with the critic of fpmd_plus_online.py:
+with the critic and the optimizers of fpmd_plus_online.py:
 
     python baselines/sac_online.py --num-envs 1 --learning-starts 5000 --utd 1 --reward-scale 1 \
         --normalize-rewards --num-atoms 101 --critic-batch-norm --critic-lr 1e-3 --critic-steps 1 \
-        --hidden-layers 2 --activation relu --log-std-range -5 2 --alpha-init 0.1
+        --hidden-layers 2 --activation relu --log-std-range -5 2 --alpha-init 0.1 \
+        --policy-lr 1e-3 --adam-beta1 0.5
 
 Four parts: 1 METHOD, 2 TRAINING, 3 PLUMBING, 4 SPEED. Stop after part 2, and you have read
 the algorithm end to end, from env.step to the optimizers.

@@ -310,6 +310,13 @@ def test_sac_policy_gradient_against_finite_differences():
 # ---------------------------------------------------------------------------- SAC: updates
 
 
+@pytest.mark.parametrize("changes, beta1", [({}, 0.9), ({"adam_beta1": 0.5}, 0.5)])
+def test_optimizers_average_as_told(changes, beta1):
+    agent, _ = make_agent(sac, **changes)
+    groups = [group for adam in agent.optimizers.values() for group in adam.param_groups]
+    assert [group["betas"] for group in groups] == [(beta1, 0.999)] * 3
+
+
 @pytest.mark.parametrize("entropy, moves", [(-1.0, -1), (-2.0, 0), (-2.5, 1)])
 def test_alpha_moves_towards_the_target_entropy(entropy, moves):
     """More entropy than -act_dim: alpha falls; less: it grows, by Adam's first step."""

@@ -699,6 +699,8 @@ def test_steps_are_adams_on_the_two_losses(monkeypatch, setting):
         for name, optimizer in agent.optimizers.items()
     }
     assert steps == {"critic": {3}, "policy": {3}} and agent.updates == 3
+    groups = [group for adam in agent.optimizers.values() for group in adam.param_groups]
+    assert [group["betas"] for group in groups] == [betas] * 2  # three steps hardly know the second
 
 
 @pytest.mark.parametrize("setting", [{}, *OTHERS], ids=["default", *NAMES])
