@@ -428,7 +428,7 @@ def update(agent, batch: dict, args: Args, rng, _improve_policy=True, losses=Non
         # ranking needs Q to more than bfloat16's three digits
         with torch.autocast(rng.device.type, torch.bfloat16, args.precision == "bfloat16"):
             candidates, own, z = propose(agent.policy, obs, args.noise_scale, args, rng)
-        clipped = candidates.clamp(-1, 1)  # for critics and environments alone
+        clipped = candidates.clamp(-1, 1)  # what critics and environments see
         best, scores = select_action(agent.critic, obs, clipped)
         w = candidate_weights(agent, scores, args)
         metrics = {"policy/flow_spread": latent_spread(agent.policy, obs, own, args, rng)}

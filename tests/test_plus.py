@@ -478,7 +478,7 @@ def test_a_kl_out_of_reach_stays_finite(scores, end):
 
 
 def test_candidates_share_a_latent():
-    """a_i = a(s, e) + noise_scale n_i: one evaluation of the policy for all of them."""
+    """a_i = clip(a(s, e)) + noise_scale n_i: one evaluation of the policy for all of them."""
     field = OneStep(lambda z: 0.5 * z, act_dim=2, script=plus)
     args = plus.Args(num_candidates=6, noise_scale=0.1)
     candidates, own, z = plus.propose(field, torch.zeros(4_000, 3), 0.1, args, rng())
@@ -486,14 +486,14 @@ def test_candidates_share_a_latent():
     assert len(field.calls) == 1 and field.calls[0][1] is z
     assert z.std().item() == pytest.approx(args.prior_std, rel=0.03)
     torch.testing.assert_close(own, 0.5 * z)
-    noise = candidates - own
+    noise = candidates - own.clamp(-1, 1)
     assert noise.std().item() == pytest.approx(0.1, rel=0.03)
     table = torch.corrcoef(torch.cat([noise[..., 0], own[None, :, 0]]))
     assert (table - torch.eye(7)).abs().max() < 0.1
 
 
 def test_candidates_are_clipped_for_critics_and_environments_alone(monkeypatch):
-    """Clipped ones would draw an action at the bound inwards, whatever Q says."""
+    """Clipped ones would draw an action at the bound inwards, by 0.4 of the noise."""
     agent, args = make_agent(noise_scale=0.5, num_candidates=64, td_action="sample")
     at_bound = OneStep(lambda z: torch.ones_like(z), act_dim=ACT, script=plus)
     candidates, _, _ = plus.propose(at_bound, torch.zeros(500, OBS), 0.5, args, rng())
@@ -509,12 +509,31 @@ def test_candidates_are_clipped_for_critics_and_environments_alone(monkeypatch):
     assert candidates.abs().max() > 1
 
 
+@pytest.mark.parametrize("slope", [2.0, -2.0])
+def test_what_is_beyond_the_bounds_comes_back_to_them(slope):
+    """Candidates beyond it look alike; those around it lead back, and inwards if Q does."""
+    agent, args = make_agent(act_dim=1, num_candidates=8)
+    own, generator = torch.full((500, 1), 5.0), rng()
+    for _ in range(100):
+        candidates, _, _ = plus.propose(
+            OneStep(lambda z, a=own: a, act_dim=1, script=plus),
+            torch.zeros(500, OBS),
+            0.2,
+            args,
+            generator,
+        )
+        w = plus.candidate_weights(agent, slope * candidates.clamp(-1, 1).squeeze(-1), args)
+        own = own + 0.3 * ((w[:, :, None] * candidates).sum(0) - own)
+    end = own.mean().item()
+    assert 1 <= end < 1.4 if slope > 0 else end < 0
+
+
 def test_meanflows_candidates_have_latents_of_their_own():
     field = OneStep(lambda z: 0.5 * z, act_dim=2, script=plus)
     args = plus.Args(num_candidates=6, imitation="meanflow")
     candidates, own, z = plus.propose(field, torch.zeros(4_000, 3), 0.0, args, rng())
     assert own.shape == z.shape == candidates.shape == (6, 4_000, 2)
-    torch.testing.assert_close(candidates, 0.5 * z)
+    torch.testing.assert_close(candidates, (0.5 * z).clamp(-1, 1))
     table = torch.corrcoef(z[..., 0])
     assert (table - torch.eye(6)).abs().max() < 0.1
 

@@ -34,7 +34,7 @@ TRAINING = {
     "constraint": (training.constraint, "constraint.csv"),
     "reformulations": (training.reformulations, "reformulations.csv"),
     "recipe-screen": (training.screen, "recipe_screen.csv"),
-    "hopper-screen": (training.screen, "hopper_screen.csv"),
+    "policy-screen": (training.screen, "policy_screen.csv"),
     "plus-100k": (training.at_100k, "plus_100k_cpu.csv"),
     "compile-cpu": (training.ablation, "compile_cpu.csv"),
     "short-runs": (training.ablation, "short_runs_cpu.csv"),
