@@ -98,7 +98,7 @@ class Args:
     noise_scale: float = 0.2  # std of candidates' noise, in acting and learning
     imitation: Literal["regression", "meanflow"] = "regression"  # see propose and policy_loss
     weights: Literal["softmax", "best"] = "softmax"  # of all candidates, or the best alone
-    target_kl: float = 1.0  # KL of the weights from 1 / N; their temperature sees to it
+    target_kl: float = 1.0  # KL of the weights from 1 / N, held by their temperature
     temperature_init: float = 0.4  # lambda at first, in std of Q within a state
     temperature_rate: float = 0.01  # step of log lambda per unit of KL too much
     td_action: Literal["sample", "best"] = "sample"  # a' in the TD target: first or best

@@ -511,7 +511,7 @@ def test_candidates_are_clipped_for_critics_and_environments_alone(monkeypatch):
 
 @pytest.mark.parametrize("slope", [2.0, -2.0])
 def test_what_is_beyond_the_bounds_comes_back_to_them(slope):
-    """Candidates beyond it look alike; those around it lead back, and inwards if Q does."""
+    """Candidates beyond the bound look alike; around it they lead back, inwards if Q does."""
     agent, args = make_agent(act_dim=1, num_candidates=8)
     own, generator = torch.full((500, 1), 5.0), rng()
     for _ in range(100):
