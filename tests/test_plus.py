@@ -513,15 +513,10 @@ def test_candidates_are_clipped_for_critics_and_environments_alone(monkeypatch):
 def test_what_is_beyond_the_bounds_comes_back_to_them(slope):
     """Candidates beyond the bound look alike; around it they lead back, inwards if Q does."""
     agent, args = make_agent(act_dim=1, num_candidates=8)
-    own, generator = torch.full((500, 1), 5.0), rng()
+    own, obs, generator = torch.full((500, 1), 5.0), torch.zeros(500, OBS), rng()
+    field = OneStep(lambda z: own, act_dim=1, script=plus)
     for _ in range(100):
-        candidates, _, _ = plus.propose(
-            OneStep(lambda z, a=own: a, act_dim=1, script=plus),
-            torch.zeros(500, OBS),
-            0.2,
-            args,
-            generator,
-        )
+        candidates, _, _ = plus.propose(field, obs, 0.2, args, generator)
         w = plus.candidate_weights(agent, slope * candidates.clamp(-1, 1).squeeze(-1), args)
         own = own + 0.3 * ((w[:, :, None] * candidates).sum(0) - own)
     end = own.mean().item()
@@ -805,8 +800,7 @@ def test_exploring_ranks_perturbations_and_best_of_n_latents():
     assert explored.equal(candidates[best, torch.arange(200)].detach())
     z = 0.5 * torch.randn((4, 200, ACT), generator=rng())
     with torch.no_grad():
-        own = plus.generate(agent.acting_policy, obs, z)
-        own = own.clamp(-1, 1)
+        own = plus.generate(agent.acting_policy, obs, z).clamp(-1, 1)
         best = agent.critic(obs, own).amin(0).argmax(0)
     expected = own[best, torch.arange(200)]
     assert act(plus, agent, obs, args, rng(), "best_of_n").equal(expected)

@@ -70,12 +70,9 @@ def draw_beside_sac(path: Path, output: Path) -> None:
     runs = defaultdict(lambda: defaultdict(list))
     for row in beside_sac(path):
         runs[row["env_id"]][method_of(row), row["seed"]].append(row)
-    colours = {"FPMD+": style.ALGORITHMS["fpmd_plus_online"]}
-    colours |= {"SAC, same critic": style.ALGORITHMS["sac_online"]}
-    lines = {method: (colour, "-") for method, colour in colours.items()}
-    lines |= {
-        f"{method}, slow policy": (colour, style.DASHES) for method, colour in colours.items()
-    }
+    ours, sac = style.ALGORITHMS["fpmd_plus_online"], style.ALGORITHMS["sac_online"]
+    lines = {"FPMD+": (ours, "-"), "FPMD+, slow policy": (ours, style.DASHES)}
+    lines |= {"SAC, same critic": (sac, "-"), "SAC, same critic, slow policy": (sac, style.DASHES)}
     lines["SAC"] = style.GREY, "-"
     figure, panels = style.grid_of_panels(len(runs), 2.6)
     for panel, (env_id, own) in zip(panels, runs.items(), strict=True):

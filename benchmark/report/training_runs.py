@@ -38,7 +38,7 @@ def beside_sac(path: Path) -> list[dict]:
 
 def method_of(row: dict) -> str:
     """A run's method among those that are compared at the same number of updates."""
-    flags = row["flags"]
+    flags = row["flags"]  # what differs from the defaults: a beta_1 of 0.5 in FPMD+, 0.9 in SAC
     if row["algorithm"] == "fpmd_plus_online":
         return "FPMD+, slow policy" if "--adam-beta1 0.9" in flags else "FPMD+"
     if "--critic-batch-norm" in flags:
