@@ -15,8 +15,14 @@ with the same --output, only what is missing or failed is done.
     python benchmark/gpu.py --minutes 2 --output gpu --stages prove
     python benchmark/gpu.py --output smoke --smoke   # all of it at toy size, without a GPU
 
+Or campaigns of launch.py and nothing else, their runs side by side with NVIDIA's MPS:
+
+    python benchmark/gpu.py --minutes 8 --output gpu --campaigns \\
+        benchmark/launch/campaigns/plus_ingredients.toml
+
 In --output: <piece>.json (status, seconds, what it found), logs/, runs/, and of the pieces
-prove_cuda.csv, speed_cuda.csv, rates_cuda.csv, latency_cuda.csv and campaign_cuda.csv.
+prove_cuda.csv, speed_cuda.csv, rates_cuda.csv, latency_cuda.csv, campaign_cuda.csv and
+<campaign>_cuda.csv.
 """
 
 import argparse
@@ -30,6 +36,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root
 from benchmark.cli import Parser, folder, number, run, whole
 from benchmark.files import Refused, fail, read_json, write_text
+from benchmark.launch.campaign import read_campaign
+from benchmark.measure.gpu_campaigns import campaigns
 from benchmark.measure.gpu_job import Failed, Job
 from benchmark.measure.gpu_proofs import machine, tests
 from benchmark.measure.gpu_rates import latency, rates, speed
@@ -44,6 +52,7 @@ PIECES: list[tuple[str, str, Callable]] = [
     ("time", "latency", latency),
     ("train", "train", train),
 ]
+CAMPAIGNS = [("campaigns", "campaigns", campaigns)]  # instead, with --campaigns
 
 
 def run_piece(job: Job, name: str, function: Callable) -> dict:
@@ -87,18 +96,33 @@ def parse() -> argparse.Namespace:
     text = "train so many even if they should not finish"
     limits = whole(0, 1000)
     parser.add_argument("--at-least", type=limits, default=0, metavar="RUNS", help=text)
+    text = "of launch.py, instead of the stages"
+    several = {"nargs": "+", "type": Path, "metavar": "FILE"}
+    parser.add_argument("--campaigns", **several, default=[], help=text)
     parser.add_argument("--smoke", action="store_true", help="toy size, on a CPU")
     return parser.parse_args()
+
+
+def check_campaigns(paths: list[Path]) -> None:
+    """Refuse what launch.py would, before the time runs."""
+    for path in paths:
+        read_campaign(path)
+    if len({path.stem for path in paths}) < len(paths):
+        fail("two of --campaigns have the same name, and so would their CSVs")
 
 
 def main() -> int:
     options = parse()
     pieces = [piece for piece in PIECES if piece[0] in options.stages and piece[1] in options.only]
+    if options.campaigns:
+        pieces = CAMPAIGNS
+        check_campaigns(options.campaigns)
     if not pieces:
         fail("none of --only is a piece of --stages")
     (options.output / "logs").mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * options.minutes
-    job = Job(options.output, deadline, options.smoke, options.steps, options.at_least)
+    limits = options.steps, options.at_least
+    job = Job(options.output, deadline, options.smoke, *limits, options.campaigns)
     results = {}
     for _, name, function in pieces:
         results[name] = run_piece(job, name, function)

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 from benchmark import gpu, scripts
-from benchmark.measure import gpu_rates, gpu_training
+from benchmark.files import Refused
+from benchmark.measure import gpu_campaigns, gpu_rates, gpu_training
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, wait_for
 from fork_server import PATIENCE
 
 
@@ -149,3 +150,49 @@ def test_all_of_it_at_toy_size(tmp_path):
             assert list(csv.DictReader(file)), name
     again = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert again.returncode == 0 and "s left" not in again.stdout
+
+
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+SAVES = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
+
+
+def test_campaigns_that_outlast_the_time_may_save(job, monkeypatch):
+    """Whoever saves when asked ends by itself; who does not is killed before the time is over."""
+    monkeypatch.setattr(gpu_campaigns, "SAVING", PATIENCE - 5)
+    monkeypatch.setattr(gpu_campaigns, "WRITING", PATIENCE - 10)
+    then = "print('ready', flush=True); time.sleep(1000)"
+    codes = {"quick": "pass", "saves": SAVES + then, "stubborn": STUBBORN + then}
+    processes = {name: job.start(name, ["-c", code]) for name, code in codes.items()}
+    wait_for(lambda: job.tail("saves") == job.tail("stubborn") == "ready")
+    gpu_campaigns.wait(job, list(processes.values()))
+    ends = {name: process.returncode for name, process in processes.items()}
+    assert ends == {"quick": 0, "saves": 143, "stubborn": -signal.SIGKILL}
+    assert job.left > 0
+
+
+@pytest.mark.slow
+def test_campaigns_side_by_side_at_toy_size(tmp_path):
+    """Each ends in a CSV of its own; one that fails is named, and the other one's CSV is there."""
+    files = []
+    for name, flag in ("good", "--num-candidates 4"), ("bad", "--num-candidates 0"):
+        files.append(tmp_path / f"{name}.toml")
+        text = "scripts = ['fpmd_plus_online']\nenvs = ['Ant-v4']\nseeds = [1, 2]\n"
+        files[-1].write_text(f"{text}flags = '{flag}'\n")
+    program = [sys.executable, ROOT / "benchmark" / "gpu.py", "--smoke", "--minutes", "4"]
+    command = [*program, "--output", tmp_path, "--campaigns", *files]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert ended.returncode == 1 and "bad: exit status 2" in ended.stdout, ended.stdout
+    with (tmp_path / "good_cpu.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["seed"], row["global_step"]) for row in rows} == {("1", "200"), ("1", "400")}
+    assert not (tmp_path / "bad_cpu.csv").exists()
+
+
+def test_what_no_campaign_can_be_made_of_is_refused(tmp_path):
+    for name in "a/x.toml", "b/x.toml":
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("seeds = [1]")
+    paths = [tmp_path / "a/x.toml", tmp_path / "b/x.toml"]
+    for given, message in (paths, "same name"), ([paths[0], tmp_path / "c"], "no campaign file"):
+        with pytest.raises(Refused, match=message):
+            gpu.check_campaigns(given)

@@ -26,6 +26,7 @@ class Job:
     smoke: bool
     steps: int = 1_000_000  # of a training run
     at_least: int = 0  # runs to train, whether or not they can finish
+    campaigns: list[Path] = field(default_factory=list)  # files of launch.py to run instead
     processes: list[subprocess.Popen] = field(default_factory=list)  # all that were started
 
     @property
