@@ -78,10 +78,10 @@ class Args:
     total_timesteps: int = 500_000  # agent steps, over all envs; each is action_repeat frames
     num_envs: int = 5  # parallel training environments
     action_repeat: int = 2  # simulator steps per agent step; their rewards are summed
-    frame_stack: int = 3  # K, frames per observation, the newest last
+    frame_stack: int = 3  # K, frames per observation, newest last
     image_size: int = 84  # height and width of a frame
     camera: int | None = None  # of MuJoCo; unset: 2 for quadruped, else 0
-    shadow_size: int = 2048  # of MuJoCo's shadow map; 512: half the time without a GPU
+    shadow_size: int = 2048  # of MuJoCo's shadow map; 512: half the time on a CPU
     exp_name: str = Path(__file__).stem  # second part of the run directory's name
     runs_dir: str = "runs"  # where run directories are created
     log_every: int = 1_000  # steps between rows of metrics.csv
@@ -127,7 +127,7 @@ class Args:
     alpha_interval: int = 1_250  # steps between updates of alpha
     target_entropy_scale: float = 1.5  # alpha decays until the noise has entropy -scale * act_dim
     encoder_channels: int = 32  # of each convolution
-    feature_dim: int = 50  # width of a trunk's output, a network's view of the state
+    feature_dim: int = 50  # width of a trunk's output, a network's state
     hidden_dim: int = 256  # width of the hidden layers
 
     # --- speed: how it is computed ---
@@ -460,7 +460,7 @@ def move_towards(slow: nn.Module, fast: nn.Module, tau: float) -> None:
 
 
 def update_critic(agent: Agent, batch: dict, next_h: Tensor, next_actions: Tensor, args: Args):
-    """Adam step of the encoder and steps of the critics, the authors take two, on one gradient."""
+    """Adam step of the encoder, critic_steps of the critics; next_h (B, h_dim)."""
     with torch.no_grad():
         next_states = agent.target_critic.states(next_h)
     states = agent.critic.states(agent.encoder(batch["obs"]))  # (2, B, feature_dim)
@@ -2124,7 +2124,8 @@ def main(args: Args) -> Path | None:
     tf32 = args.precision == "tf32"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     warnings.filterwarnings("ignore", ".*(capturable=True|matmul_precision).*")
-    torch.backends.cudnn.benchmark = True  # shapes do not change
+    torch.backends.cudnn.allow_tf32 = tf32  # of convolutions
+    torch.backends.cudnn.deterministic = True  # exact resume
     envs = make_envs(args, args.num_envs)
     eval_envs = make_envs(args, args.eval_episodes)
     try_out(eval_envs, args.capture_video)

@@ -6,6 +6,7 @@ import copy
 import importlib
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -156,6 +157,14 @@ def wait_for(condition, seconds=PATIENCE):
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
     return found
+
+
+def no_opengl():
+    """Why nothing can be rendered here, or "" where it can."""
+    probe = "import mujoco; mujoco.GLContext(8, 8).free()"
+    env = {"MUJOCO_GL": "egl", "PATH": ""}
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=env)
+    return result.stderr.strip().splitlines()[-1] if result.returncode else ""
 
 
 def known(script, settings):

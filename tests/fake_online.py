@@ -15,6 +15,7 @@ from pathlib import Path
 @dataclass
 class Args:
     env_id: str = "Ant-v4"
+    env_kwargs: str = "{}"
     seed: int = 1
     total_timesteps: int = 100
     num_envs: int = 1
@@ -56,7 +57,9 @@ def check_args(args):
         fail(f"--utd {args.utd} must be above 0")
 
 
-def make_env(env_id):
+def make_env(env_id, env_kwargs):
+    if env_id.startswith("Sized") and "size" not in json.loads(env_kwargs):
+        fail(f"{env_id} needs a size")
     if env_id.startswith("No"):
         fail(f"cannot make {env_id!r}")
     return open(os.devnull)  # anything that can be closed

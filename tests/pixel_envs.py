@@ -180,5 +180,13 @@ class Blind(gym.Wrapper):
         return np.zeros((self.size, self.size, 3), np.uint8)
 
 
+def repeated(env_id, action_repeat, render_mode=None):
+    """Any environment with repeated actions, for scripts that see states: what sight costs."""
+    if env_id.startswith("dm_control/"):
+        import shimmy  # noqa: F401  registers the ids
+    return gym.wrappers.RepeatAction(gym.make(env_id, render_mode=render_mode), action_repeat)
+
+
+gym.register("Repeated-v0", repeated, disable_env_checker=True)
 for env in (Blind, CodedFrames, SeededFrames, Wide, Grey, Unseen):
     gym.register(f"{env.__name__}-v0", env, disable_env_checker=True)

@@ -21,7 +21,7 @@ from benchmark.launch.jobs import Job, read_rows
 from benchmark.launch.progress import View, look
 
 import pytest
-from conftest import ROOT, SMALL, as_flags, known, wait_for
+from conftest import ROOT, SMALL, as_flags, known, no_opengl, wait_for
 from fork_server import PATIENCE
 
 SCRIPTS = 'scripts = ["fake_online"]\n'
@@ -211,6 +211,34 @@ def test_a_campaign_file_and_what_overrides_it(root, launch):
     assert "50 --utd 0.2 --utd 0.3 --num-envs 2 --torch" in changed.out.splitlines()[0]
 
 
+def test_environments_are_tried_with_their_arguments(launch):
+    """Of every variant, as its jobs will make them."""
+    sized = """--variant=a=--env-kwargs '{"size": 3}'"""
+    command = "--name", "try", "--scripts", "fake_online", "--envs", "Sized-v0", "--dry-run", sized
+    assert "Sized-v0 needs a size" in launch(*command[:-1]).err
+    assert len(launch(*command).out.splitlines()) == 1
+    assert "Sized-v0 needs a size" in launch(*command, "--variant=b=--utd 2").err
+
+
+def test_environments_with_pictures_are_tried_with_their_arguments(tmp_path):
+    """No OpenGL is needed for those that draw; without its size this one is refused."""
+    flags = "--image-size 48 --action-repeat 2"
+    given = """ --env-kwargs '{"env_id": "Pendulum-v1", "size": 48}'"""
+    for more, status in (given, 0), ("", 2):
+        command = [
+            sys.executable,
+            ROOT / "benchmark/launch/launch.py",
+            "--name",
+            "blind",
+            "--dry-run",
+        ]
+        command += ["--scripts", "fpmd_pixels_online", "--envs", "pixel_envs:Blind-v0"]
+        command += ["--seeds", "1", f"--flags={flags}{more}"]
+        env = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+        ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert ended.returncode == status, ended.stderr
+
+
 CAMPAIGNS = sorted((ROOT / "benchmark/launch/campaigns").glob("*.toml"))
 
 
@@ -219,6 +247,8 @@ CAMPAIGNS = sorted((ROOT / "benchmark/launch/campaigns").glob("*.toml"))
 def test_campaigns_of_the_repository(path, tmp_path):
     """Every script takes its flags, and nothing is missing from the grid."""
     campaign = tomllib.loads(path.read_text())
+    if "pixels" in path.stem and (why_not := no_opengl()):
+        pytest.skip(f"no OpenGL here: {why_not}")
     command = [sys.executable, ROOT / "benchmark/launch/launch.py", path, "--dry-run"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

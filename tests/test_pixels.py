@@ -27,6 +27,7 @@ from conftest import (
     images_batch,
     known,
     load,
+    no_opengl,
     one_update,
     rng,
     spy,
@@ -649,6 +650,21 @@ def test_an_update_moves_all_and_stays_finite(script, precision):
         assert name == "log_alpha" or not torch.equal(p, before[name]), name
 
 
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_convolutions_have_the_precision_that_was_asked_for(script, run, monkeypatch, precision):
+    """cuDNN has switches of its own: TF32 is on by default, and its choices vary between runs."""
+    cudnn = torch.backends.cudnn
+    for name in "allow_tf32", "deterministic", "benchmark":
+        monkeypatch.setattr(cudnn, name, getattr(cudnn, name))  # as it was, after this test
+    monkeypatch.setattr(script, "choose_device", lambda _: CPU)  # else TF32 is refused on a CPU
+    seen = []
+    monkeypatch.setattr(
+        script, "train", lambda *_: seen.append((cudnn.allow_tf32, cudnn.deterministic))
+    )
+    run(env_id="pixel_envs:MovingSquare-v0", precision=precision)
+    assert seen == [(precision == "tf32", True)] and not cudnn.benchmark
+
+
 @pytest.mark.parametrize("frame_stack", [1, 4])
 def test_other_stacks(script, run, frame_stack):
     run_dir = run(env_id="pixel_envs:SeededFrames-v0", total_timesteps=150, frame_stack=frame_stack)
@@ -1077,17 +1093,10 @@ def test_a_single_frame_does_not_show_velocity(script, run):
 # ------------------------------------------------------------------ with OpenGL
 
 
-def has_opengl():
-    probe = "import mujoco; mujoco.GLContext(8, 8).free()"
-    env = {"MUJOCO_GL": "egl", "PATH": ""}
-    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=env)
-    return result.stderr.strip().splitlines()[-1] if result.returncode else ""
-
-
 @pytest.fixture(scope="session")
 def opengl():
     """Skip where there is none; else what a program with pictures is started with."""
-    why_not = has_opengl()
+    why_not = no_opengl()
     if why_not:
         pytest.skip(f"no OpenGL here: {why_not}")
     return {"MUJOCO_GL": "egl", "PYTHONPATH": str(FILES[FPMD_PIXELS[0]].parent)}

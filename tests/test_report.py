@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from benchmark.report import style
-from benchmark.report.figures_training import draw_beside_sac
+from benchmark.report.figures_training import draw_beside_sac, draw_from_pixels
 from benchmark.runs import defaults
 from pathlib import Path
 
@@ -449,6 +449,51 @@ def test_the_figure_beside_sac_ends_where_runs_do(tmp_path, monkeypatch):
         "SAC, published": 6156,
         "CrossQ, published": 8112,
     }
+
+
+def pixel_rows():
+    """Two seeds of a task and one behind black pictures: four evaluations each, in both modes."""
+    known = {"algorithm": "fpmd_meanflow_pixels_online", "flags": "", "returns": "1 2 3"}
+    known |= {"device": "a CPU", "threads": 1, "torch": "2.13.0", "commit": "0" * 40}
+    known |= {"total_timesteps": 400, "num_candidates": 8}
+    returns = {1: (1, 10, 20, 60), 2: (1, 40, 50, 60), 3: (9, 8, 7, 6)}
+    return [
+        known
+        | {"env_id": "pixel_envs:Blind-v0" if seed == 3 else "a-task", "seed": seed}
+        | {"global_step": 100 * (i + 1), "updates": 50 * i, "wall_time": 600 * (i + 1)}
+        | {"mode": mode, "return_mean": value + 100 * (mode == "best_of_n")}
+        for seed, own in returns.items()
+        for i, value in enumerate(own)
+        for mode in ("one_step", "best_of_n")
+    ]
+
+
+def test_what_is_seen_stands_above_what_is_not(copy):
+    """A row per run: the mean of its last three evaluations, and the last."""
+    rows = sorted(pixel_rows(), key=lambda row: -row["seed"])  # the blind one first
+    table, text = tabled(copy, "pixels-cpu", "pixels_cpu.csv", rows)
+    told = [(row["pictures"], row["seed"], row["one step, last three"]) for row in table]
+    assert told == [
+        ("of the task", "1", "30.0"),
+        ("of the task", "2", "50.0"),
+        ("black", "3", "7.0"),
+    ]
+    assert [row["one step, last"] for row in table] == ["60.0", "60.0", "6.0"]
+    assert [row["best of N, last three"] for row in table] == ["130", "150", "107"]
+    assert table[0]["best of N, last"] == "160"
+    assert table[0]["agent steps"] == "400" and table[0]["minutes"] == "40"
+    assert "of 3 episodes" in text
+
+
+def test_the_figure_from_pixels_has_a_line_for_the_blind(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    write(tmp_path / "pixels.csv", pixel_rows())
+    labels = []
+    monkeypatch.setattr(style, "label_ends", lambda panel, found, gap: labels.extend(found))
+    draw_from_pixels(tmp_path / "pixels.csv", tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 5_000
+    told = {text: height for height, text, _ in labels}
+    assert told == {"one step": 60, "best of 8": 160, "one step, black pictures": 6}
 
 
 # ---------------------------------------------------------------------------- collect.py

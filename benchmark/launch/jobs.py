@@ -24,18 +24,24 @@ OURS = {"env_id", "seed", "exp_name", "runs_dir", "resume", "evaluate"}  # not f
 WINDOW = 1 << 14  # bytes at each end of a growing CSV that are read
 # What a script makes of its flags, found without training: a line of JSON per command line.
 CHECK = """
-import dataclasses, importlib, json, sys
+import dataclasses, importlib, inspect, json, sys
 asked = json.load(sys.stdin)
 script = importlib.import_module(asked["script"])
+settings = {}  # one for each way in which the environments are made
 for argv in asked["command_lines"]:
     args = script.parse_args(argv)
+    settings[args.env_kwargs] = args
     for seed in asked["seeds"]:
         script.check_args(dataclasses.replace(args, seed=seed, **asked["instead"]))
     answer = {"args": dataclasses.asdict(args), "defaults": dataclasses.asdict(script.Args())}
     answer |= {"modes": list(script.MODES), "may_change": sorted(script.MAY_CHANGE)}
     print("answer", json.dumps(answer))
 for env_id in asked["envs"]:
-    script.make_env(env_id).close()
+    for args in settings.values():
+        # from pixels an environment depends on more of the flags
+        sees = "args" in inspect.signature(script.make_env).parameters
+        options = {"args": args} if sees else {"env_kwargs": args.env_kwargs}
+        script.make_env(env_id, **options).close()
 """
 
 

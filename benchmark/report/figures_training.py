@@ -8,6 +8,7 @@ from benchmark.report.training_runs import (
     beside_sac,
     curve,
     experiments,
+    is_blind,
     last,
     method_of,
     names,
@@ -93,6 +94,32 @@ def draw_beside_sac(path: Path, output: Path) -> None:
         finish(panel, labels, 100_000)
         panel.set_title(env_id)
     figure.supxlabel("environment steps, an update each", fontsize="medium")
+    figure.supylabel("evaluation return", fontsize="medium")
+    style.save(figure, output)
+
+
+def draw_from_pixels(path: Path, output: Path) -> None:
+    """Returns against agent steps: seen, one step and best of N, and one step blind."""
+    colour = style.ALGORITHMS["fpmd_meanflow_online"]
+    figure, (panel,) = style.grid_of_panels(1, 2.8)
+    labels = []
+    for key, seeds in experiments(path).items():
+        (_, env_id, _), end = key, last(next(iter(seeds.values())))
+        lines = [("one_step", "one step", colour, "-")]
+        lines += [("best_of_n", f"best of {end['num_candidates']}", style.DARK, style.DASHES)]
+        if is_blind(key):
+            lines = [("one_step", "one step, black pictures", style.GREY, "-")]
+        else:
+            panel.set_title(f"{env_id}, {len(seeds)} seeds")
+        for mode, text, shade, dashes in lines:
+            curves = [curve(run, mode) for run in seeds.values()]
+            steps = min((steps for steps, _ in curves), key=len)
+            values = np.array([returns[: len(steps)] for _, returns in curves])
+            style.draw_seeds(panel, steps, values, shade, dashes)
+            labels.append((values.mean(0)[-1], text, shade))
+    panel.set_ylim(bottom=0)
+    finish(panel, labels, int(end["total_timesteps"]))
+    figure.supxlabel("agent steps", fontsize="medium")
     figure.supylabel("evaluation return", fontsize="medium")
     style.save(figure, output)
 

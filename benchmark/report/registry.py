@@ -12,6 +12,7 @@ from benchmark.report.figures_campaign import (
 from benchmark.report.figures_latency import draw_latency
 from benchmark.report.figures_training import (
     draw_beside_sac,
+    draw_from_pixels,
     draw_learning_curves,
     draw_success_rates,
 )
@@ -36,6 +37,8 @@ TRAINING = {
     "recipe-screen": (training.screen, "recipe_screen.csv"),
     "policy-screen": (training.screen, "policy_screen.csv"),
     "plus-100k": (training.at_100k, "plus_100k_cpu.csv"),
+    "pixels-cpu": (training.from_pixels, "pixels_cpu.csv"),
+    "pixels-screen": (training.screen, "pixels_screen_cpu.csv"),
     "compile-cpu": (training.ablation, "compile_cpu.csv"),
     "short-runs": (training.ablation, "short_runs_cpu.csv"),
     "reference-policies": (training.reference_policies, "reference_policies.csv"),
@@ -61,6 +64,7 @@ CURVES = {
         "fpmd_meanflow_online_200k_cpu.csv",
     ),
     "plus_100k_cpu.png": (draw_beside_sac, "plus_100k_cpu.csv"),
+    "pixels_cpu.png": (draw_from_pixels, "pixels_cpu.csv"),
     "mvp_online_cpu.png": (draw_learning_curves, "mvp_online_cpu.csv"),
     "offline_to_online_cpu.png": (draw_success_rates, "offline_to_online_cpu.csv"),
     "compile_cpu.png": (draw_learning_curves, "compile_cpu.csv"),

@@ -10,6 +10,7 @@ from benchmark.report.training_runs import (
     beside_sac,
     curve,
     experiments,
+    is_blind,
     last,
     method_of,
     names,
@@ -56,6 +57,28 @@ def results(path: Path) -> str:
         f"Returns are the mean of the last {LAST} evaluations of "
         f"{fmt.joined_numbers(episodes)} episodes{spread}; *best* is the best "
         f"evaluation so far. Flags beyond the defaults: {'; '.join(flags)}."
+    )
+    return table_with_note(table, note)
+
+
+def from_pixels(path: Path) -> str:
+    """Runs from pixels, each by itself, and below them the same behind black pictures."""
+    table, ends, found = [], [], experiments(path)
+    for key in sorted(found, key=is_blind):
+        for seed, run in sorted(found[key].items()):
+            ends.append(last(run))
+            row = {"pictures": "black" if is_blind(key) else "of the task", "seed": seed}
+            row |= {"agent steps": f"{int(ends[-1]['global_step']):,}"}
+            for mode, title in ("one_step", "one step"), ("best_of_n", "best of N"):
+                returns = curve(run, mode)[1]
+                mean = statistics.fmean(returns[-ABLATION_LAST:])
+                row[f"{title}, last three"] = fmt.number(mean)
+                row[f"{title}, last"] = fmt.number(returns[-1])
+            table.append(row | {"minutes": f"{float(ends[-1]['wall_time']) / 60:.0f}"})
+    counts = {len(end["returns"].split()) for end in ends}
+    note = (
+        f"Returns of {fmt.joined_numbers(counts)} episodes: the mean of the last "
+        f"{ABLATION_LAST} evaluations, and the last. {fmt.made_with(ends)}"
     )
     return table_with_note(table, note)
 

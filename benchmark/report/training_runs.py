@@ -46,6 +46,11 @@ def method_of(row: dict) -> str:
     return "SAC"
 
 
+def is_blind(key: tuple) -> bool:
+    """Whether an experiment hides a task behind black pictures (tests/pixel_envs.py)."""
+    return key[1] == "pixel_envs:Blind-v0"
+
+
 def split_flags(key: tuple) -> list[str]:
     """Of an experiment, each with its values; none is an empty one."""
     return re.split(r" (?=--)", key[-1])
