@@ -152,21 +152,31 @@ def test_all_of_it_at_toy_size(tmp_path):
     assert again.returncode == 0 and "s left" not in again.stdout
 
 
-STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-SAVES = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
-
-
 def test_campaigns_that_outlast_the_time_may_save(job, monkeypatch):
-    """Whoever saves when asked ends by itself; who does not is killed before the time is over."""
-    monkeypatch.setattr(gpu_campaigns, "SAVING", PATIENCE - 5)
-    monkeypatch.setattr(gpu_campaigns, "WRITING", PATIENCE - 10)
-    then = "print('ready', flush=True); time.sleep(1000)"
-    codes = {"quick": "pass", "saves": SAVES + then, "stubborn": STUBBORN + then}
-    processes = {name: job.start(name, ["-c", code]) for name, code in codes.items()}
-    wait_for(lambda: job.tail("saves") == job.tail("stubborn") == "ready")
+    """They are asked, asked again, and killed before the time is over."""
+    ask = signal.SIGTERM
+    ends = [(PATIENCE - 4, ask), (PATIENCE - 6, ask), (PATIENCE - 8, signal.SIGKILL)]
+    monkeypatch.setattr(gpu_campaigns, "STOPPING", ends)
+    code = """if True:
+        import signal, sys, time
+        asked = []
+        def note(*_):
+            asked.append(1)
+            if len(asked) == {limit}:
+                sys.exit(100 + len(asked))
+        signal.signal(signal.SIGTERM, note)
+        print("ready", flush=True)
+        time.sleep({seconds})
+    """
+    patience = {"quick": (1, 0), "saves": (1, 1000), "is slow": (2, 1000), "is deaf": (9, 1000)}
+    processes = {
+        name: job.start(name, ["-c", code.format(limit=limit, seconds=seconds)])
+        for name, (limit, seconds) in patience.items()
+    }
+    wait_for(lambda: all(job.tail(name) == "ready" for name in processes))
     gpu_campaigns.wait(job, list(processes.values()))
     ends = {name: process.returncode for name, process in processes.items()}
-    assert ends == {"quick": 0, "saves": 143, "stubborn": -signal.SIGKILL}
+    assert ends == {"quick": 0, "saves": 101, "is slow": 102, "is deaf": -signal.SIGKILL}
     assert job.left > 0
 
 

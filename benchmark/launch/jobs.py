@@ -36,11 +36,11 @@ for argv in asked["command_lines"]:
     answer = {"args": dataclasses.asdict(args), "defaults": dataclasses.asdict(script.Args())}
     answer |= {"modes": list(script.MODES), "may_change": sorted(script.MAY_CHANGE)}
     print("answer", json.dumps(answer))
+# from pixels an environment depends on more of the flags
+sees = "args" in inspect.signature(script.make_env).parameters
 for env_id in asked["envs"]:
-    for args in settings.values():
-        # from pixels an environment depends on more of the flags
-        sees = "args" in inspect.signature(script.make_env).parameters
-        options = {"args": args} if sees else {"env_kwargs": args.env_kwargs}
+    for env_kwargs, args in settings.items():
+        options = {"args": args} if sees else {"env_kwargs": env_kwargs}
         script.make_env(env_id, **options).close()
 """
 

@@ -5,10 +5,11 @@ import os
 import signal
 import subprocess
 import time
-from benchmark.measure.gpu_job import Failed, Job, Mps, stop
+from benchmark.measure.gpu_job import Failed, Job, Mps
 from pathlib import Path
 
-SAVING, WRITING = 30, 8  # seconds before the end: runs save and launch.py writes, all are killed
+# seconds before the end at which runs are asked to save, are stopped at once, and all is killed
+STOPPING = (30, signal.SIGTERM), (8, signal.SIGTERM), (2, signal.SIGKILL)
 TOY = """--total-timesteps 400 --learning-starts 200 --eval-every 200 --checkpoint-every 200
     --eval-episodes 1 --batch-size 16 --no-compile"""
 
@@ -34,7 +35,7 @@ def campaigns(job: Job) -> dict:
 
 
 def start(job: Job, path: Path, workers: int, env: dict) -> subprocess.Popen:
-    command = ["benchmark/launch/launch.py", path, "--workers", workers]
+    command = ["benchmark/launch/launch.py", path.resolve(), "--workers", workers]
     command += ["--runs-dir", (job.output / "runs").resolve()]
     command += ["--output", (job.output / f"{path.stem}_{job.device}.csv").resolve()]
     if job.smoke:
@@ -45,18 +46,12 @@ def start(job: Job, path: Path, workers: int, env: dict) -> subprocess.Popen:
 
 
 def wait(job: Job, processes: list[subprocess.Popen]) -> None:
-    """Until all have ended; when the time is up they are asked to save, and then killed."""
-
-    def running() -> list[subprocess.Popen]:
-        return [process for process in processes if process.poll() is None]
-
-    for margin, signum in (SAVING, signal.SIGTERM), (WRITING, signal.SIGKILL):
-        while running() and job.left > margin:
+    """Until all have ended; when the time is up launch.py hands two signals on to its runs."""
+    running = processes
+    for margin, signum in STOPPING:
+        while (running := [p for p in running if p.poll() is None]) and job.left > margin:
             time.sleep(0.2)
-        for process in running():
-            if signum == signal.SIGKILL:
-                stop(process, signum)
-            else:
-                os.kill(process.pid, signum)  # launch.py hands it on
+        for process in running:
+            process.send_signal(signum)
     for process in processes:
         process.wait()
