@@ -180,13 +180,14 @@ class Blind(gym.Wrapper):
         return np.zeros((self.size, self.size, 3), np.uint8)
 
 
-def repeated(env_id, action_repeat, render_mode=None):
-    """Any environment with repeated actions, for scripts that see states: what sight costs."""
-    if env_id.startswith("dm_control/"):
-        import shimmy  # noqa: F401  registers the ids
-    return gym.wrappers.RepeatAction(gym.make(env_id, render_mode=render_mode), action_repeat)
+def repeated_cartpole(render_mode=None):
+    """dm_control's cart-pole with actions held for 8 steps, for scripts that see its state."""
+    import shimmy  # noqa: F401  registers the ids
+
+    env = gym.make("dm_control/cartpole-swingup-v0", render_mode=render_mode)
+    return gym.wrappers.RepeatAction(env, 8)
 
 
-gym.register("Repeated-v0", repeated, disable_env_checker=True)
+gym.register("RepeatedCartpole-v0", repeated_cartpole, disable_env_checker=True)
 for env in (Blind, CodedFrames, SeededFrames, Wide, Grey, Unseen):
     gym.register(f"{env.__name__}-v0", env, disable_env_checker=True)
