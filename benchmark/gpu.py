@@ -52,7 +52,6 @@ PIECES: list[tuple[str, str, Callable]] = [
     ("time", "latency", latency),
     ("train", "train", train),
 ]
-CAMPAIGNS = [("campaigns", "campaigns", campaigns)]  # instead, with --campaigns
 
 
 def run_piece(job: Job, name: str, function: Callable) -> dict:
@@ -111,14 +110,21 @@ def check_campaigns(paths: list[Path]) -> None:
         fail("two of --campaigns have the same name, and so would their CSVs")
 
 
-def main() -> int:
-    options = parse()
-    pieces = [piece for piece in PIECES if piece[0] in options.stages and piece[1] in options.only]
+def chosen(options: argparse.Namespace) -> list[tuple[str, str, Callable]]:
+    """The pieces that were asked for; other campaigns are another piece of the same --output."""
     if options.campaigns:
-        pieces = CAMPAIGNS
         check_campaigns(options.campaigns)
+        name = "-".join(["campaigns", *(path.stem for path in options.campaigns)])
+        return [("campaigns", name, campaigns)]
+    pieces = [piece for piece in PIECES if piece[0] in options.stages and piece[1] in options.only]
     if not pieces:
         fail("none of --only is a piece of --stages")
+    return pieces
+
+
+def main() -> int:
+    options = parse()
+    pieces = chosen(options)
     (options.output / "logs").mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * options.minutes
     limits = options.steps, options.at_least
@@ -126,9 +132,10 @@ def main() -> int:
     results = {}
     for _, name, function in pieces:
         results[name] = run_piece(job, name, function)
-    print("\npiece      status    seconds")
+    width = max(10, *map(len, results))
+    print(f"\n{'piece':{width}s} status    seconds")
     for name, result in results.items():
-        print(f"{name:10s} {result['status']:9s} {result['seconds']:>7}")
+        print(f"{name:{width}s} {result['status']:9s} {result['seconds']:>7}")
     return int(any(result["status"] != "ok" for result in results.values()))
 
 

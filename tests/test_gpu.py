@@ -206,3 +206,16 @@ def test_what_no_campaign_can_be_made_of_is_refused(tmp_path):
     for given, message in (paths, "same name"), ([paths[0], tmp_path / "c"], "no campaign file"):
         with pytest.raises(Refused, match=message):
             gpu.check_campaigns(given)
+
+
+def test_other_campaigns_are_not_done_before(tmp_path):
+    """In the same --output each choice has a record of its own, apart from the stages'."""
+    names = set()
+    for stems in ["train"], ["mine"], ["train", "mine"]:
+        paths = [tmp_path / f"{stem}.toml" for stem in stems]
+        for path in paths:
+            path.write_text("seeds = [1]")
+        [(_, name, function)] = gpu.chosen(SimpleNamespace(campaigns=paths))
+        assert function is gpu_campaigns.campaigns
+        names.add(name)
+    assert len(names) == 3 and not names & {name for _, name, _ in gpu.PIECES}

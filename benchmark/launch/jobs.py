@@ -27,7 +27,7 @@ CHECK = """
 import dataclasses, importlib, inspect, json, sys
 asked = json.load(sys.stdin)
 script = importlib.import_module(asked["script"])
-settings = {}  # one for each way in which the environments are made
+settings = {}  # the last with each --env-kwargs
 for argv in asked["command_lines"]:
     args = script.parse_args(argv)
     settings[args.env_kwargs] = args

@@ -16,6 +16,7 @@ from benchmark.report.training_runs import (
     successes,
 )
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,13 @@ def finish(panel, labels: list[tuple], last_step: int) -> None:
     panel.grid(axis="y")
 
 
+def reached_by_all(runs: Iterable[list[dict]], mode: str) -> tuple[list[int], np.ndarray]:
+    """The steps at which every run was evaluated in a mode, and their returns (seeds, steps)."""
+    curves = [curve(run, mode) for run in runs]
+    steps = min((steps for steps, _ in curves), key=len)
+    return steps, np.array([returns[: len(steps)] for _, returns in curves])
+
+
 def draw_learning_curves(path: Path, output: Path) -> None:
     """A panel per experiment: both evaluation modes against environment steps."""
     found, reference = experiments(path), references()
@@ -45,9 +53,7 @@ def draw_learning_curves(path: Path, output: Path) -> None:
             ("best_of_n", f"best of {end['num_candidates']}", style.DARK, style.DASHES),
             ("one_step", "one step", style.ALGORITHMS[algorithm], "-"),
         ):
-            curves = [curve(run, mode) for run in seeds.values()]
-            length = min(len(returns) for _, returns in curves)
-            steps, values = curves[0][0][:length], np.array([r[:length] for _, r in curves])
+            steps, values = reached_by_all(seeds.values(), mode)
             style.draw_seeds(panel, steps, values, colour, dashes)
             labels.append((values.mean(0)[-1], text, colour))
         for policy, text in ("zero", "zero action"), ("random", "random"):
@@ -79,13 +85,12 @@ def draw_beside_sac(path: Path, output: Path) -> None:
     for panel, (env_id, own) in zip(panels, runs.items(), strict=True):
         labels = []
         for method, (colour, dashes) in lines.items():
-            curves = [curve(rows, "one_step") for key, rows in own.items() if key[0] == method]
-            if not curves:
+            seeds = [rows for key, rows in own.items() if key[0] == method]
+            if not seeds:
                 continue
-            steps = min((steps for steps, _ in curves), key=len)
-            values = np.array([returns[: len(steps)] for _, returns in curves])
+            steps, values = reached_by_all(seeds, "one_step")
             style.draw_seeds(panel, steps, values, colour, dashes)
-            labels.append((values.mean(0)[-1], f"{method} ({len(curves)})", colour))
+            labels.append((values.mean(0)[-1], f"{method} ({len(seeds)})", colour))
         for row in read(PUBLISHED_100K):
             if row["env"] == env_id and row["method"] in ("SAC", "CrossQ"):
                 height = float(row["return_mean"])
@@ -112,9 +117,7 @@ def draw_from_pixels(path: Path, output: Path) -> None:
         else:
             panel.set_title(f"{env_id}, {len(seeds)} seeds")
         for mode, text, shade, dashes in lines:
-            curves = [curve(run, mode) for run in seeds.values()]
-            steps = min((steps for steps, _ in curves), key=len)
-            values = np.array([returns[: len(steps)] for _, returns in curves])
+            steps, values = reached_by_all(seeds.values(), mode)
             style.draw_seeds(panel, steps, values, shade, dashes)
             labels.append((values.mean(0)[-1], text, shade))
     panel.set_ylim(bottom=0)
