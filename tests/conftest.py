@@ -4,12 +4,14 @@ and a network whose outputs are known independently."""
 import contextlib
 import copy
 import importlib
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -191,6 +193,13 @@ COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_environment_variables():
+    """A script chooses MuJoCo's OpenGL for its whole process; the next test chooses anew."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(params=SCRIPTS)

@@ -251,7 +251,8 @@ def test_campaigns_of_the_repository(path, tmp_path):
     if "pixels" in path.stem and (why_not := no_opengl()):
         pytest.skip(f"no OpenGL here: {why_not}")
     command = [sys.executable, ROOT / "benchmark/launch/launch.py", path, "--dry-run"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    env = os.environ | {"MUJOCO_GL": "egl"}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     size = len(campaign["scripts"]) * len(campaign["envs"]) * len(campaign["seeds"])
     size *= len(campaign.get("variants", {"": ""}))
