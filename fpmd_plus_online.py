@@ -1,9 +1,9 @@
 """FPMD+: one-step flow policies by mirror descent, with a critic of today.
 
-FPMD-M's policy u, with critics that predict distributions Z of normalised returns (C51), and that
-BatchNorm lets do without target networks (CrossQ). An update perturbs the policy's own one-step
-action N times, weighs the results by a softmax of Q within the state, and moves the action to
-their mean. e, n_i ~ N(0, I); Z' is Z without gradients, in the same batch; critics see clip(a).
+FPMD-M's policy u, with critics that predict distributions Z of normalised returns (C51). BatchNorm
+stands in for target networks (CrossQ). An update perturbs the policy's own one-step action N
+times, weighs the results by a softmax of Q within the state, and moves the action to their mean.
+e, n_i ~ N(0, I); Z' is Z without gradients, in the same batch; critics see clip(a).
 
     generate       z_1 = prior_std * e,  a(s, e) = z_1 - u(s, z_1, 0, 1)
     propose        a_i = clip(a(s, e)) + noise_scale n_i,  i = 1..N around one latent e
@@ -160,7 +160,7 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class MLP(nn.Module):
-    """So many hidden layers, an activation after each; with norm, BatchNorm for biases before."""
+    """Hidden layers, an activation after each; with norm, BatchNorm in place of their biases."""
 
     def __init__(self, input_dims, hidden_dim, out_dim, hidden=3, norm=False, act=nn.Mish):
         super().__init__()
@@ -210,7 +210,7 @@ class TwinCritic(nn.Module):
         self.norm_actions = BatchNorm(act_dim, bias=False)
         self.z1, self.z2 = (MLP(*sizes, norm=True, act=nn.ReLU) for _ in range(2))
         self.register_buffer("atoms", torch.linspace(-args.v_max, args.v_max, args.num_atoms))
-        self.eval()  # but in update_critic
+        self.eval()  # train() in update_critic alone
 
     def logits(self, obs: Tensor, actions: Tensor) -> Tensor:
         """Of Z_1 and Z_2: obs (B, obs_dim), actions (..., B, act_dim) -> (2, ..., B, K)."""

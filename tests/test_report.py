@@ -5,7 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
-from benchmark.report import style
+from benchmark.report import style, tables_training
 from benchmark.report.figures_training import draw_beside_sac, draw_from_pixels
 from benchmark.runs import defaults
 from pathlib import Path
@@ -258,6 +258,9 @@ def test_ablation_of_several_scripts(copy):
         ["`--tau 0.02`", "1", "5.0", "2.0", "30.0", "20.0"],
         ["the default", "1", "302", "", "-", "-"],
     ]
+    alone = tables_training.ablation(output, average=1).splitlines()
+    assert [line.split("|")[5].strip() for line in alone[2:5]] == ["4.0", "5.0", "900"]
+    assert "Returns are the last evaluation of 2 episodes" in alone[-1]
 
 
 # ---------------------------------------------------------------------------- success rates

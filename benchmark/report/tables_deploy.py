@@ -27,6 +27,7 @@ def policies(path: Path) -> str:
     episodes = {int(row["episodes"]) for row in rows}
     note = (
         f"Mean and standard deviation over {fmt.joined_numbers(episodes)} episodes of one run. "
-        "Steps are the environment's, and updates on a dataset before them."
+        "Steps are the environment's, and updates on a dataset before them. "
+        "A command is for the script at its row's commit."
     )
     return table_with_note(table, note)

@@ -111,8 +111,11 @@ def cut(found: dict) -> dict:
     }
 
 
-def ablation(path: Path) -> str:
-    """Variants of one setting, each against the one without flags of its own, seed by seed."""
+def ablation(path: Path, average: int = ABLATION_LAST) -> str:
+    """Variants of one setting, each against the one without flags of its own, seed by seed.
+
+    Of each run the mean of the last so many evaluations counts.
+    """
     table, found = [], cut(experiments(path))
     labels, episodes = names(found), set()
     plain = {key[:2]: found[key] for key, (_, own) in labels.items() if not own}
@@ -126,7 +129,7 @@ def ablation(path: Path) -> str:
                 row |= {title: "-", f"{title}, minus default": "-"}
                 continue
             ends = [
-                {seed: statistics.fmean(curve(run, mode)[1][-ABLATION_LAST:]) for seed, run in runs}
+                {seed: statistics.fmean(curve(run, mode)[1][-average:]) for seed, run in runs}
                 for runs in (found[key].items(), plain[key[:2]].items())
             ]
             row[title] = fmt.across_seeds(list(ends[0].values()))
@@ -140,9 +143,12 @@ def ablation(path: Path) -> str:
     shared = set.intersection(*(set(split_flags(key)) for key in found)) - {""}
     flags = f"flags of all: `{' '.join(sorted(shared))}`; " if shared else ""
     updates = " or ".join(f"{n:,}" for n in sorted({int(row["updates"]) for row in ends}))
+    averaged = "the last evaluation"
+    if average > 1:
+        averaged = f"the mean of the last {average} evaluations"
     note = (
-        f"Returns are the mean of the last {ABLATION_LAST} evaluations of "
-        f"{fmt.joined_numbers(episodes)} episodes, ± Student's 95% interval over seeds; "
+        f"Returns are {averaged} of {fmt.joined_numbers(episodes)} episodes, "
+        "± Student's 95% interval over seeds; "
         "differences are taken seed by seed, bold where their interval excludes zero. "
         f"{int(ends[0]['global_step']):,} steps, {updates} updates, "
         f"{flags}{fmt.hardware(ends)}, commit {fmt.commits(ends)}."
@@ -295,7 +301,7 @@ def alphas(path: Path) -> str:
     return table_with_note(table, note)
 
 
-def screen(path: Path) -> str:
+def screen(path: Path, step: str = "environment step") -> str:
     """One-step returns of short runs as they went, a row per task and setting."""
     rows = [row for row in fmt.read(path) if row["mode"] == "one_step"]
     steps = sorted({int(row["global_step"]) for row in rows})
@@ -310,7 +316,7 @@ def screen(path: Path) -> str:
         table.append(line | {"commit": f"`{commit[:7]}`"})
     episodes = {len(row["returns"].split()) for row in rows}
     note = (
-        f"Mean return of one step in {fmt.joined_numbers(episodes)} episodes, by environment step. "
+        f"Mean return of one step in {fmt.joined_numbers(episodes)} episodes, by {step}. "
         f"{fmt.made_with(rows)}"
     )
     return table_with_note(table, note)
