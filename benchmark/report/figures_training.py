@@ -3,10 +3,12 @@
 import textwrap
 from benchmark.report import style
 from benchmark.report.formatting import read, references
+from benchmark.report.intervals import interval
 from benchmark.report.training_runs import (
     PUBLISHED_100K,
     beside_sac,
     curve,
+    cut,
     experiments,
     is_blind,
     last,
@@ -81,7 +83,7 @@ def draw_beside_sac(path: Path, output: Path) -> None:
     lines = {"FPMD+": (ours, "-"), "FPMD+, slow policy": (ours, style.DASHES)}
     lines |= {"SAC, same critic": (sac, "-"), "SAC, same critic, slow policy": (sac, style.DASHES)}
     lines["SAC"] = style.GREY, "-"
-    figure, panels = style.grid_of_panels(len(runs), 2.6)
+    figure, panels = style.grid_of_panels(len(runs), 2.6, columns=2)
     for panel, (env_id, own) in zip(panels, runs.items(), strict=True):
         labels = []
         for method, (colour, dashes) in lines.items():
@@ -100,6 +102,35 @@ def draw_beside_sac(path: Path, output: Path) -> None:
         panel.set_title(env_id)
     figure.supxlabel("environment steps, an update each", fontsize="medium")
     figure.supylabel("evaluation return", fontsize="medium")
+    style.save(figure, output)
+
+
+def draw_variants(path: Path, output: Path) -> None:
+    """A panel per task: what each variant's one step earns at last, the best on top."""
+    found = cut(experiments(path))
+    labels, tasks = names(found), defaultdict(dict)
+    for key, seeds in found.items():
+        env_id, own = labels[key]
+        ends = [curve(run, "one_step")[1][-1] for run in seeds.values()]
+        tasks[env_id][own or "the default"] = np.array(ends)
+    most = max(map(len, tasks.values()))
+    figure, panels = style.grid_of_panels(len(tasks), 0.4 + 0.3 * most, columns=1)
+    for panel, (env_id, variants) in zip(panels, tasks.items(), strict=True):
+        colours = {"the default": style.ALGORITHMS["fpmd_plus_online"]}
+        order = sorted(variants, key=lambda name: -variants[name].mean())
+        shades = [colours.get(name, style.DARK) for name in order]
+        for y, (name, shade) in enumerate(zip(order, shades, strict=True)):
+            values = variants[name]
+            half = interval(values)
+            ends = values.mean() - half, values.mean() + half
+            style.draw_interval(panel, values, ends, values.mean(), y, shade)
+        panel.axvline(variants["the default"].mean(), color="0.5", ls=":", lw=1, zorder=0)
+        style.name_rows(panel, [textwrap.fill(name, 60) for name in order], shades)
+        panel.set_ylim(len(order) - 0.5, -0.5)
+        panel.xaxis.set_major_formatter(style.with_commas)
+        panel.grid(axis="x")
+        panel.set_title(env_id)
+    figure.supxlabel("return of one step", fontsize="medium")
     style.save(figure, output)
 
 

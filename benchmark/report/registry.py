@@ -36,8 +36,11 @@ TRAINING = {
     "reformulations": (training.reformulations, "reformulations.csv"),
     "recipe-screen": (training.screen, "recipe_screen.csv"),
     "policy-screen": (training.screen, "policy_screen.csv"),
-    "plus-ingredients": (partial(training.ablation, average=1), "plus_ingredients_cpu.csv"),
     "plus-100k": (training.at_100k, "plus_100k_cpu.csv"),
+    "two-doors": (
+        partial(training.screen, modes=("one_step", "best_of_n", "sampled")),
+        "two_doors_cpu.csv",
+    ),
     "pixels-cpu": (training.from_pixels, "pixels_cpu.csv"),
     "pixels-screen": (partial(training.screen, step="agent step"), "pixels_screen_cpu.csv"),
     "compile-cpu": (training.ablation, "compile_cpu.csv"),

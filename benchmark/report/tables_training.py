@@ -9,6 +9,7 @@ from benchmark.report.training_runs import (
     PUBLISHED_100K,
     beside_sac,
     curve,
+    cut,
     experiments,
     is_blind,
     last,
@@ -95,20 +96,6 @@ def last_evaluations(path: Path) -> str:
                 row[title] = fmt.number(curve(run, mode)[1][-1])
             table.append(row)
     return fmt.markdown(table)
-
-
-def cut(found: dict) -> dict:
-    """The same, all runs of a script on a task up to where the shortest of them ends."""
-    ends = defaultdict(list)
-    for key, seeds in found.items():
-        ends[key[:2]] += [int(rows[-1]["global_step"]) for rows in seeds.values()]
-    return {
-        key: {
-            seed: [row for row in rows if int(row["global_step"]) <= min(ends[key[:2]])]
-            for seed, rows in seeds.items()
-        }
-        for key, seeds in found.items()
-    }
 
 
 def ablation(path: Path, average: int = ABLATION_LAST) -> str:
@@ -301,22 +288,26 @@ def alphas(path: Path) -> str:
     return table_with_note(table, note)
 
 
-def screen(path: Path, step: str = "environment step") -> str:
-    """One-step returns of short runs as they went, a row per task and setting."""
-    rows = [row for row in fmt.read(path) if row["mode"] == "one_step"]
+def screen(path: Path, step: str = "environment step", modes=("one_step",)) -> str:
+    """Returns of short runs as they went, a row per task, setting and mode."""
+    rows = [row for row in fmt.read(path) if row["mode"] in modes]
     steps = sorted({int(row["global_step"]) for row in rows})
     runs = defaultdict(list)
     for row in rows:
-        runs[row["env_id"], row["setting"], row["commit"], row["seed"]].append(row)
+        key = row["env_id"], row["setting"], row["commit"], row["seed"], row["mode"]
+        runs[key].append(row)
     table = []
-    for (env_id, setting, commit, seed), own in runs.items():
+    for (env_id, setting, commit, seed, mode), own in runs.items():
         returns = {int(row["global_step"]): float(row["return_mean"]) for row in own}
         line = {"task": env_id, "setting": setting, "seed": seed}
+        if len(modes) > 1:
+            line["acts by"] = mode.replace("_", " ")
         line |= {f"{s / 1000:g}k": fmt.number(returns[s]) if s in returns else "-" for s in steps}
         table.append(line | {"commit": f"`{commit[:7]}`"})
     episodes = {len(row["returns"].split()) for row in rows}
+    of = " of one step" if len(modes) == 1 else ""
     note = (
-        f"Mean return of one step in {fmt.joined_numbers(episodes)} episodes, by {step}. "
+        f"Mean return{of} in {fmt.joined_numbers(episodes)} episodes, by {step}. "
         f"{fmt.made_with(rows)}"
     )
     return table_with_note(table, note)

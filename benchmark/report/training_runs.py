@@ -17,6 +17,20 @@ def experiments(path: Path) -> dict:
     return found
 
 
+def cut(found: dict) -> dict:
+    """The same, all runs of a script on a task up to where the shortest of them ends."""
+    ends = defaultdict(list)
+    for key, seeds in found.items():
+        ends[key[:2]] += [int(rows[-1]["global_step"]) for rows in seeds.values()]
+    return {
+        key: {
+            seed: [row for row in rows if int(row["global_step"]) <= min(ends[key[:2]])]
+            for seed, rows in seeds.items()
+        }
+        for key, seeds in found.items()
+    }
+
+
 def curve(rows: list[dict], mode: str) -> tuple[list[int], list[float]]:
     """Steps and mean returns of one run's evaluations in one mode."""
     rows = [row for row in rows if row["mode"] == mode]
