@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from benchmark.report import style, tables_training
-from benchmark.report.figures_training import draw_beside_sac, draw_from_pixels
+from benchmark.report.figures_training import draw_beside_sac, draw_from_pixels, draw_variants
 from benchmark.runs import defaults
 from pathlib import Path
 
@@ -497,6 +497,53 @@ def test_the_figure_from_pixels_has_a_line_for_the_blind(tmp_path, monkeypatch):
     assert (tmp_path / "x.png").stat().st_size > 5_000
     told = {text: height for height, text, _ in labels}
     assert told == {"one step": 60, "best of 8": 160, "one step, black pictures": 6}
+
+
+def test_the_figure_of_variants_has_a_row_each(tmp_path, monkeypatch):
+    """The best on top, each up to the step that all have reached, seeds and interval."""
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    known = {"algorithm": "fpmd_plus_online", "env_id": "a-task", "mode": "one_step"}
+    runs = {("", 1): (0, 40, 900), ("", 2): (0, 50, 900)}
+    runs |= {("--v-max 2", 1): (0, 60), ("--v-max 2", 2): (0, 80), ("--v-max 3", 1): (0, 10)}
+    rows = [
+        known | {"flags": flags, "seed": seed, "global_step": 100 * i, "return_mean": value}
+        for (flags, seed), values in runs.items()
+        for i, value in enumerate(values)
+    ]
+    write(
+        tmp_path / "variants.csv",
+        [row | {"flags": f"--tau 1 {row['flags']}".strip()} for row in rows],
+    )
+    drawn, named = [], []
+    monkeypatch.setattr(style, "draw_interval", lambda _, *what: drawn.append(what))
+    monkeypatch.setattr(style, "name_rows", lambda _, names, colours: named.extend(names))
+    monkeypatch.setattr(style, "save", lambda figure, output: None)
+    draw_variants(tmp_path / "variants.csv", tmp_path / "x.png")
+    assert named == ["--v-max 2", "the default", "--v-max 3"]
+    assert [list(what[0]) for what in drawn] == [[60, 80], [40, 50], [10]]
+    assert [what[2:4] for what in drawn] == [(70, 0), (45, 1), (10, 2)]
+    assert drawn[1][1] == pytest.approx((45 - 63.53, 45 + 63.53), abs=0.01)  # 12.706 * 5
+
+
+def test_a_screen_of_several_modes_says_who_acts(tmp_path):
+    known = {"env_id": "a-task", "setting": "fast", "seed": 1, "returns": "1 2"}
+    known |= {"device": "a CPU", "threads": 1, "torch": "2.13.0", "commit": "0" * 40}
+    rows = [
+        known | {"mode": mode, "global_step": 1000 * step, "return_mean": value + step}
+        for mode, value in (("one_step", 0), ("best_of_n", 10), ("sampled", 20))
+        for step in (1, 2)
+    ]
+    write(tmp_path / "screen.csv", rows)
+    alone = tables_training.screen(tmp_path / "screen.csv").splitlines()
+    assert alone[2:-2] == ["| a-task | fast | 1 | 1.0 | 2.0 | `0000000` |"]
+    assert alone[-1].startswith("Mean return of one step in 2 episodes, by environment step.")
+    modes = ("one_step", "best_of_n")
+    both = tables_training.screen(tmp_path / "screen.csv", "agent step", modes).splitlines()
+    assert [line.split("|")[4:7] for line in both[2:-2]] == [
+        [" one step ", " 1.0 ", " 2.0 "],
+        [" best of n ", " 11.0 ", " 12.0 "],
+    ]
+    assert both[-1].startswith("Mean return in 2 episodes, by agent step.")
 
 
 # ---------------------------------------------------------------------------- collect.py

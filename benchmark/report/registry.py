@@ -15,6 +15,7 @@ from benchmark.report.figures_training import (
     draw_from_pixels,
     draw_learning_curves,
     draw_success_rates,
+    draw_variants,
 )
 from benchmark.report.tables_deploy import policies
 from benchmark.report.tables_latency import latency
@@ -36,6 +37,7 @@ TRAINING = {
     "reformulations": (training.reformulations, "reformulations.csv"),
     "recipe-screen": (training.screen, "recipe_screen.csv"),
     "policy-screen": (training.screen, "policy_screen.csv"),
+    "plus-ingredients": (partial(training.ablation, average=1), "plus_ingredients_cpu.csv"),
     "plus-100k": (training.at_100k, "plus_100k_cpu.csv"),
     "two-doors": (
         partial(training.screen, modes=("one_step", "best_of_n", "sampled")),
@@ -68,6 +70,7 @@ CURVES = {
         "fpmd_meanflow_online_200k_cpu.csv",
     ),
     "plus_100k_cpu.png": (draw_beside_sac, "plus_100k_cpu.csv"),
+    "plus_ingredients_cpu.png": (draw_variants, "plus_ingredients_cpu.csv"),
     "pixels_cpu.png": (draw_from_pixels, "pixels_cpu.csv"),
     "mvp_online_cpu.png": (draw_learning_curves, "mvp_online_cpu.csv"),
     "offline_to_online_cpu.png": (draw_success_rates, "offline_to_online_cpu.csv"),
