@@ -226,15 +226,8 @@ def test_environments_with_pictures_are_tried_with_their_arguments(tmp_path):
     given = """ --env-kwargs '{"env_id": "Pendulum-v1", "size": 48}'"""
     for more, status in (given, 0), ("", 2):
         command = [sys.executable, ROOT / "benchmark/launch/launch.py", "--dry-run"]
-        command += [
-            "--name",
-            "blind",
-            "--scripts",
-            "fpmd_pixels_online",
-            "--envs",
-            "pixel_envs:Blind-v0",
-        ]
-        command += ["--seeds", "1", f"--flags={flags}{more}"]
+        command += ["--name", "blind", "--scripts", "fpmd_pixels_online", "--seeds", "1"]
+        command += ["--envs", "pixel_envs:Blind-v0", f"--flags={flags}{more}"]
         env = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
         ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert ended.returncode == status, ended.stderr

@@ -506,14 +506,13 @@ def test_the_figure_of_variants_has_a_row_each(tmp_path, monkeypatch):
     runs = {("", 1): (0, 40, 900), ("", 2): (0, 50, 900)}
     runs |= {("--v-max 2", 1): (0, 60), ("--v-max 2", 2): (0, 80), ("--v-max 3", 1): (0, 10)}
     rows = [
-        known | {"flags": flags, "seed": seed, "global_step": 100 * i, "return_mean": value}
-        for (flags, seed), values in runs.items()
+        known
+        | {"flags": f"--tau 1 {own}".strip(), "seed": seed}
+        | {"global_step": 100 * i, "return_mean": value}
+        for (own, seed), values in runs.items()
         for i, value in enumerate(values)
     ]
-    write(
-        tmp_path / "variants.csv",
-        [row | {"flags": f"--tau 1 {row['flags']}".strip()} for row in rows],
-    )
+    write(tmp_path / "variants.csv", rows)
     drawn, named = [], []
     monkeypatch.setattr(style, "draw_interval", lambda _, *what: drawn.append(what))
     monkeypatch.setattr(style, "name_rows", lambda _, names, colours: named.extend(names))

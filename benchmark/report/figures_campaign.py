@@ -18,7 +18,6 @@ from benchmark.report.intervals import (
     bootstrap,
     final,
     interquartile_mean,
-    interval,
     mean_curve,
     performance_profile,
 )
@@ -146,12 +145,7 @@ def draw_one_step_against_n(path: Path, output: Path) -> None:
     figure, panels = style.grid_of_panels(len(pairs), 0.7 + 0.27 * max(map(len, pairs.values())))
     for panel, (env_id, own) in zip(panels, pairs.items(), strict=True):
         panel.axvline(0, color="0.6", lw=1, zorder=0)
-        for i, (name, values) in enumerate(own.items()):
-            mean, half = values.mean(), interval(values)
-            ends = mean - half, mean + half
-            style.draw_interval(panel, values, ends, mean, i, style.ALGORITHMS[name])
-        style.name_rows(panel, *names_and_colours(own))
-        panel.set_ylim(len(own) - 0.5, -0.5)
+        style.draw_rows(panel, list(own.values()), *names_and_colours(own))
         panel.set_title(env_id)
         panel.locator_params(axis="x", nbins=4)
         panel.xaxis.set_major_formatter(lambda x, _: f"{x:+,g}" if x else "0")

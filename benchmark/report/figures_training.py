@@ -3,7 +3,6 @@
 import textwrap
 from benchmark.report import style
 from benchmark.report.formatting import read, references
-from benchmark.report.intervals import interval
 from benchmark.report.training_runs import (
     PUBLISHED_100K,
     beside_sac,
@@ -116,17 +115,12 @@ def draw_variants(path: Path, output: Path) -> None:
     most = max(map(len, tasks.values()))
     figure, panels = style.grid_of_panels(len(tasks), 0.4 + 0.3 * most, columns=1)
     for panel, (env_id, variants) in zip(panels, tasks.items(), strict=True):
-        colours = {"the default": style.ALGORITHMS["fpmd_plus_online"]}
         order = sorted(variants, key=lambda name: -variants[name].mean())
-        shades = [colours.get(name, style.DARK) for name in order]
-        for y, (name, shade) in enumerate(zip(order, shades, strict=True)):
-            values = variants[name]
-            half = interval(values)
-            ends = values.mean() - half, values.mean() + half
-            style.draw_interval(panel, values, ends, values.mean(), y, shade)
+        colours = [style.DARK] * len(order)
+        colours[order.index("the default")] = style.ALGORITHMS["fpmd_plus_online"]
+        rows = [variants[name] for name in order]
+        style.draw_rows(panel, rows, [textwrap.fill(name, 60) for name in order], colours)
         panel.axvline(variants["the default"].mean(), color="0.5", ls=":", lw=1, zorder=0)
-        style.name_rows(panel, [textwrap.fill(name, 60) for name in order], shades)
-        panel.set_ylim(len(order) - 0.5, -0.5)
         panel.xaxis.set_major_formatter(style.with_commas)
         panel.grid(axis="x")
         panel.set_title(env_id)

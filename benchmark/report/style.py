@@ -103,6 +103,15 @@ def draw_interval(panel, values: np.ndarray | None, ends, value: float, y: float
     panel.plot(value, y, "o", color=colour, ms=5)
 
 
+def draw_rows(panel, rows: list[np.ndarray], names: list[str], colours: list[str]) -> None:
+    """Rows of seeds' values, from the top: their mean with Student's interval, and a name."""
+    for y, (values, colour) in enumerate(zip(rows, colours, strict=True)):
+        mean, half = values.mean(), interval(values)
+        draw_interval(panel, values, (mean - half, mean + half), mean, y, colour)
+    name_rows(panel, names, colours)
+    panel.set_ylim(len(rows) - 0.5, -0.5)
+
+
 def name_rows(panel, names: list[str], colours: list[str]) -> None:
     """Names in their colours in place of a vertical axis."""
     panel.set_yticks(range(len(names)), names)

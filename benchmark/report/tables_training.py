@@ -290,7 +290,7 @@ def alphas(path: Path) -> str:
 
 def screen(path: Path, step: str = "environment step", modes=("one_step",)) -> str:
     """Returns of short runs as they went, a row per task, setting and mode."""
-    rows = [row for row in fmt.read(path) if row["mode"] in modes]
+    rows, several = [row for row in fmt.read(path) if row["mode"] in modes], len(modes) > 1
     steps = sorted({int(row["global_step"]) for row in rows})
     runs = defaultdict(list)
     for row in rows:
@@ -300,12 +300,12 @@ def screen(path: Path, step: str = "environment step", modes=("one_step",)) -> s
     for (env_id, setting, commit, seed, mode), own in runs.items():
         returns = {int(row["global_step"]): float(row["return_mean"]) for row in own}
         line = {"task": env_id, "setting": setting, "seed": seed}
-        if len(modes) > 1:
+        if several:
             line["acts by"] = mode.replace("_", " ")
         line |= {f"{s / 1000:g}k": fmt.number(returns[s]) if s in returns else "-" for s in steps}
         table.append(line | {"commit": f"`{commit[:7]}`"})
     episodes = {len(row["returns"].split()) for row in rows}
-    of = " of one step" if len(modes) == 1 else ""
+    of = "" if several else " of one step"
     note = (
         f"Mean return{of} in {fmt.joined_numbers(episodes)} episodes, by {step}. "
         f"{fmt.made_with(rows)}"
