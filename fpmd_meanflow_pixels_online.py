@@ -686,8 +686,8 @@ def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng, obs) -
 def fail(message: str, status: int = 2) -> NoReturn:
     """End in one line on stderr: status 2 refuses bad input, 1 is a failure in mid-run."""
     with suppress(OSError):  # nobody may be there to read it
-        line = " ".join(message.split())[:900]
-        print(f"{Path(__file__).name}: error: {line}", file=sys.stderr)
+        line = " ".join(message.split())
+        print(f"{Path(__file__).name}: error: {line[:600]}{line[600:][-300:]}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -799,8 +799,9 @@ class GuardedEnvs(gym.vector.VectorWrapper):
     def reset(self, *, seed: list[int], options=None):
         obs, _ = self.guard(self.env.reset, seed=seed, options=options)
         self.returns = np.zeros(self.num_envs)
-        self.lengths = np.zeros(self.num_envs, int)
+        self.lengths = np.full(self.num_envs, -1)
         self.refuse_bad_numbers(obs, self.returns)
+        self.lengths += 1
         self.episodes = [{"seed": int(x), "count": 1, "actions": []} for x in seed]
         self.obs = obs
         return obs, {}
@@ -823,7 +824,6 @@ class GuardedEnvs(gym.vector.VectorWrapper):
         ended = np.flatnonzero(terminations | truncations)
         last_obs = obs
         successes = np.full(self.num_envs, np.nan)
-        self.lengths += 1
         if len(ended):
             last_obs = obs.copy()
             for i in ended:
@@ -832,6 +832,7 @@ class GuardedEnvs(gym.vector.VectorWrapper):
             self.refuse_bad_numbers(last_obs, rewards)
         self.refuse_bad_numbers(obs, rewards)
         self.returns += rewards
+        self.lengths += 1
         for episode, action in zip(self.episodes, self.actions, strict=True):
             episode["actions"].append(action)
         outcome = {"last_obs": last_obs, "successes": successes, "charts": {}}
@@ -869,7 +870,7 @@ class GuardedEnvs(gym.vector.VectorWrapper):
             bad = ~(np.abs(values) <= np.finfo(np.float32).max)
             for i, j in np.argwhere(bad)[:1]:
                 what = f"{values[i, j]} in {name} {j}".replace("nan", "NaN")
-                at = f"at step {self.lengths[i]} of its episode"
+                at = f"at step {self.lengths[i] + 1} of its episode"
                 raise EnvironmentFailure(f"environment {i} returned {what} {at}")
 
     def picture(self) -> np.ndarray:
@@ -1129,8 +1130,6 @@ def make_run_dir(args: Args, device: torch.device) -> Path:
     now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
     run_dir = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
-    if len(os.fsencode(run_dir.name)) > 255:
-        fail(f"--exp-name gives a name of more than 255 bytes: {run_dir.name}")
     try:
         run_dir.mkdir(parents=True)
         write_json(run_dir / "versions.json", describe_machine(device))
@@ -1222,16 +1221,17 @@ class Run:
         names = "charts/episodic_return", "charts/episodic_length", "charts/SPS"
         self.metrics = dict.fromkeys([*names, *METRICS], math.nan)
         if args.resume:
-            file, saved = load(args.resume, "checkpoint.pt")
+            self.dir = load(args.resume, "checkpoint.pt")[0].parent
+            self.lock = lock(self.dir)
+            file, saved = load(args.resume, "checkpoint.pt")  # now nobody else writes it
             refuse_changes(args, saved, self.rng.device)
-            self.dir = file.parent
             self.restore(file, saved)
             self.read_record()
         else:
             # even: evaluation has the odd seeds
             self.envs.reset(seed=[2 * args.seed] * self.envs.num_envs)
             self.dir = make_run_dir(args, self.rng.device)
-        self.lock = lock(self.dir)
+            self.lock = lock(self.dir)
         self.commit = describe_machine(self.rng.device)["commit"]
         self.take_stock()
 
@@ -1278,12 +1278,7 @@ class Run:
             for row in rows:
                 self.plot(row)
         self.told = (time.time(), self.global_step)
-        self.bar = tqdm(
-            total=args.total_timesteps,
-            initial=self.global_step,
-            unit="step",
-            disable=None,
-        )
+        self.bar = tqdm(total=steps_of(args), initial=self.global_step, unit="step", disable=None)
 
     def at_last_step(self) -> bool:
         return self.global_step + self.envs.num_envs > steps_of(self.args)
@@ -1501,7 +1496,7 @@ class Run:
                 if before != version:
                     warn(f"{name} was {before}, is {version}: the run goes on, not bit for bit")
         except Exception as error:
-            fail(f"{file} is not of this version of {Path(__file__).name}: {reason(error)}")
+            fail(f"{file} does not fit this script and {self.args.env_id}: {reason(error)}")
         self.saved_step = self.global_step
         if self.global_step > steps_of(self.args):
             fail(f"{file} has {self.global_step:,} steps already; raise --total-timesteps")
@@ -1735,16 +1730,16 @@ def flag(name: str) -> str:
 
 def own_rules(args: Args) -> list[tuple[bool, str]]:
     """What else must hold, and the line to say where it does not."""
-    no_more = "must be at most"
-    updates = args.utd * (args.total_timesteps - args.learning_starts)
+    steps = args.total_timesteps // max(args.num_envs, 1) * args.num_envs
+    updates = args.utd * (steps - args.learning_starts)
+    limits = [("num_envs", "learning_starts"), ("num_envs", "buffer_size")]
+    limits += [("batch_size", "learning_starts"), ("learning_starts", "total_timesteps")]
+    rules = [
+        (getattr(args, name) <= getattr(args, limit), f"{flag(name)} must be at most {flag(limit)}")
+        for name, limit in limits
+    ]
     return [
-        (args.num_envs <= args.total_timesteps, f"--num-envs {no_more} --total-timesteps"),
-        (args.num_envs <= args.buffer_size, f"--num-envs {no_more} --buffer-size"),
-        (args.batch_size <= args.learning_starts, f"--batch-size {no_more} --learning-starts"),
-        (
-            args.learning_starts <= args.total_timesteps,
-            f"--learning-starts {no_more} --total-timesteps",
-        ),
+        *rules,
         (updates >= 1, "--utd gives no update; raise it or --total-timesteps"),
         (args.image_size >= 15, "--image-size must be at least 15, or nothing is left to see"),
     ]
@@ -1811,14 +1806,14 @@ def memory_of(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     available = math.inf
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                available = 1024 * int(line.split()[1])
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and limit.read_text().strip().isdigit():
-        available = min(available, int(limit.read_text()))
+    with suppress(OSError, TypeError):
+        found = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
+        available = 1024 * int(found[1])
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # no limit
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.stat").read_text().split()[1])  # caches of files can go
+        available = min(available, limit - used)
     return available
 
 
@@ -1841,9 +1836,9 @@ def refuse_too_large(args: Args, obs_shape: tuple, act_dim: int, device: torch.d
     # 4 layers; each with its activation, and gradients of both
     seen = 4 * 4 * args.encoder_channels * (args.image_size // 2) ** 2
     h_dim = Encoder(obs_shape, args.encoder_channels).out_dim
+    rows = args.buffer_size * (act_dim + 4 + 2 * args.frame_stack)
     numbers = {  # of four bytes
-        "buffer_size": frames_held(args) * pixels // 4
-        + args.buffer_size * (act_dim + 4 + 2 * args.frame_stack),
+        "buffer_size": 0 if args.evaluate else frames_held(args) * pixels // 4 + rows,
         "image_size": args.batch_size * (seen + 6 * args.frame_stack * pixels),
         # three trunks with gradients and moments, and their slow copies
         "feature_dim": 15 * h_dim * args.feature_dim,
@@ -2095,7 +2090,7 @@ def replay(args: Args, agent: Agent, envs) -> None:
         for name, network in networks.items():
             network.load_state_dict(saved[name])
     except Exception as error:
-        fail(f"{file} is not of this version of {Path(__file__).name}: {reason(error)}")
+        fail(f"{file} does not fit this script and {args.env_id}: {reason(error)}")
     act = MODES[DEPLOYED]
     frames = [] if args.capture_video else None
     returns, successes, cut = evaluate(act, agent, envs, args, frames)

@@ -469,8 +469,8 @@ def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng, obs) -
 def fail(message: str, status: int = 2) -> NoReturn:
     """End in one line on stderr: status 2 refuses bad input, 1 is a failure in mid-run."""
     with suppress(OSError):  # nobody may be there to read it
-        line = " ".join(message.split())[:900]
-        print(f"{Path(__file__).name}: error: {line}", file=sys.stderr)
+        line = " ".join(message.split())
+        print(f"{Path(__file__).name}: error: {line[:600]}{line[600:][-300:]}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -588,8 +588,9 @@ class GuardedEnvs(gym.vector.VectorWrapper):
     def reset(self, *, seed: list[int], options=None):
         obs, _ = self.guard(self.env.reset, seed=seed, options=options)
         self.returns = np.zeros(self.num_envs)
-        self.lengths = np.zeros(self.num_envs, int)
+        self.lengths = np.full(self.num_envs, -1)
         self.refuse_bad_numbers(obs, self.returns)
+        self.lengths += 1
         self.episodes = [{"seed": int(x), "count": 1, "actions": []} for x in seed]
         self.obs = obs
         return obs, {}
@@ -612,7 +613,6 @@ class GuardedEnvs(gym.vector.VectorWrapper):
         ended = np.flatnonzero(terminations | truncations)
         last_obs = obs
         successes = np.full(self.num_envs, np.nan)
-        self.lengths += 1
         if len(ended):
             last_obs = obs.copy()
             for i in ended:
@@ -621,6 +621,7 @@ class GuardedEnvs(gym.vector.VectorWrapper):
             self.refuse_bad_numbers(last_obs, rewards)
         self.refuse_bad_numbers(obs, rewards)
         self.returns += rewards
+        self.lengths += 1
         for episode, action in zip(self.episodes, self.actions, strict=True):
             episode["actions"].append(action)
         outcome = {"last_obs": last_obs, "successes": successes, "charts": {}}
@@ -658,7 +659,7 @@ class GuardedEnvs(gym.vector.VectorWrapper):
             bad = ~(np.abs(values) <= np.finfo(np.float32).max)
             for i, j in np.argwhere(bad)[:1]:
                 what = f"{values[i, j]} in {name} {j}".replace("nan", "NaN")
-                at = f"at step {self.lengths[i]} of its episode"
+                at = f"at step {self.lengths[i] + 1} of its episode"
                 raise EnvironmentFailure(f"environment {i} returned {what} {at}")
 
     def picture(self) -> np.ndarray:
@@ -883,8 +884,6 @@ def make_run_dir(args: Args, device: torch.device) -> Path:
     now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
     run_dir = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
-    if len(os.fsencode(run_dir.name)) > 255:
-        fail(f"--exp-name gives a name of more than 255 bytes: {run_dir.name}")
     try:
         run_dir.mkdir(parents=True)
         write_json(run_dir / "versions.json", describe_machine(device))
@@ -976,16 +975,17 @@ class Run:
         names = "charts/episodic_return", "charts/episodic_length", "charts/SPS"
         self.metrics = dict.fromkeys([*names, *METRICS], math.nan)
         if args.resume:
-            file, saved = load(args.resume, "checkpoint.pt")
+            self.dir = load(args.resume, "checkpoint.pt")[0].parent
+            self.lock = lock(self.dir)
+            file, saved = load(args.resume, "checkpoint.pt")  # now nobody else writes it
             refuse_changes(args, saved, self.rng.device)
-            self.dir = file.parent
             self.restore(file, saved)
             self.read_record()
         else:
             # even: evaluation has the odd seeds
             self.envs.reset(seed=[2 * args.seed] * self.envs.num_envs)
             self.dir = make_run_dir(args, self.rng.device)
-        self.lock = lock(self.dir)
+            self.lock = lock(self.dir)
         self.commit = describe_machine(self.rng.device)["commit"]
         self.take_stock()
 
@@ -1032,12 +1032,7 @@ class Run:
             for row in rows:
                 self.plot(row)
         self.told = (time.time(), self.global_step)
-        self.bar = tqdm(
-            total=args.total_timesteps,
-            initial=self.global_step,
-            unit="step",
-            disable=None,
-        )
+        self.bar = tqdm(total=steps_of(args), initial=self.global_step, unit="step", disable=None)
 
     def at_last_step(self) -> bool:
         return self.global_step + self.envs.num_envs > steps_of(self.args)
@@ -1257,7 +1252,7 @@ class Run:
                 if before != version:
                     warn(f"{name} was {before}, is {version}: the run goes on, not bit for bit")
         except Exception as error:
-            fail(f"{file} is not of this version of {Path(__file__).name}: {reason(error)}")
+            fail(f"{file} does not fit this script and {self.args.env_id}: {reason(error)}")
         self.saved_step = self.global_step
         if self.global_step > steps_of(self.args):
             fail(f"{file} has {self.global_step:,} steps already; raise --total-timesteps")
@@ -1396,16 +1391,16 @@ def flag(name: str) -> str:
 
 def own_rules(args: Args) -> list[tuple[bool, str]]:
     """What else must hold, and the line to say where it does not."""
-    no_more = "must be at most"
-    updates = args.utd * (args.total_timesteps - args.learning_starts)
+    steps = args.total_timesteps // max(args.num_envs, 1) * args.num_envs
+    updates = args.utd * (steps - args.learning_starts)
+    limits = [("num_envs", "learning_starts"), ("num_envs", "buffer_size")]
+    limits += [("batch_size", "learning_starts"), ("learning_starts", "total_timesteps")]
+    rules = [
+        (getattr(args, name) <= getattr(args, limit), f"{flag(name)} must be at most {flag(limit)}")
+        for name, limit in limits
+    ]
     return [
-        (args.num_envs <= args.total_timesteps, f"--num-envs {no_more} --total-timesteps"),
-        (args.num_envs <= args.buffer_size, f"--num-envs {no_more} --buffer-size"),
-        (args.batch_size <= args.learning_starts, f"--batch-size {no_more} --learning-starts"),
-        (
-            args.learning_starts <= args.total_timesteps,
-            f"--learning-starts {no_more} --total-timesteps",
-        ),
+        *rules,
         (updates >= 1, "--utd gives no update; raise it or --total-timesteps"),
     ]
 
@@ -1471,14 +1466,14 @@ def memory_of(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     available = math.inf
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                available = 1024 * int(line.split()[1])
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and limit.read_text().strip().isdigit():
-        available = min(available, int(limit.read_text()))
+    with suppress(OSError, TypeError):
+        found = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
+        available = 1024 * int(found[1])
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # no limit
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.stat").read_text().split()[1])  # caches of files can go
+        available = min(available, limit - used)
     return available
 
 
@@ -1487,10 +1482,11 @@ def refuse_too_large(args: Args, obs_dim: int, act_dim: int, device: torch.devic
     states = max(args.batch_size, args.eval_episodes)
     candidates = getattr(args, "num_candidates", 1)
     numbers = {
-        "buffer_size": args.buffer_size * (2 * obs_dim + act_dim + 3),
+        "buffer_size": 0 if args.evaluate else args.buffer_size * (2 * obs_dim + act_dim + 3),
         "hidden_dim": 50 * args.hidden_dim**2,  # networks, averages, gradients, moments
         "hidden_layers": 16 * getattr(args, "hidden_layers", 0) * (100 + args.hidden_dim) ** 2,
         "num_candidates": 4 * candidates * states * args.hidden_dim,
+        "num_atoms": 3 * args.batch_size * getattr(args, "num_atoms", 0) ** 2,
     }
     name = max(numbers, key=numbers.get)
     needed = 4 * sum(numbers.values())
@@ -1722,7 +1718,7 @@ def replay(args: Args, agent: Agent, envs) -> None:
         refuse_unlike(saved, saved | ours)
         agent.acting_policy.load_state_dict(saved["policy"])
     except Exception as error:
-        fail(f"{file} is not of this version of {Path(__file__).name}: {reason(error)}")
+        fail(f"{file} does not fit this script and {args.env_id}: {reason(error)}")
     act = MODES[DEPLOYED]
     frames = [] if args.capture_video else None
     returns, successes, cut = evaluate(act, agent, envs, args, frames)

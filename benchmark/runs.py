@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shlex
 import sys
 from benchmark import scripts
 from benchmark.files import fail, is_number, read_json, read_table, read_text
@@ -51,7 +52,7 @@ def flags(args: dict, script: Path | None) -> str:
             words.append(f"--{name}" if value else f"--no-{name}")
         else:
             values = value if isinstance(value, list) else [value]
-            words.append(" ".join([f"--{name}", *map(str, values)]))
+            words.append(shlex.join([f"--{name}", *map(str, values)]))
     return " ".join(words)
 
 

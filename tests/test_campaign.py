@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from benchmark.measure import latency
-from benchmark.report import campaign, intervals, tables_latency
+from benchmark.report import campaign, figures_campaign, intervals, tables_latency
 from benchmark.report.registry import registry
 
 import numpy as np
@@ -371,6 +371,15 @@ def test_figures_of_young_and_finished_campaigns(copy):
             draw(csv_path, picture)
             assert picture.stat().st_size > 5_000
             picture.unlink()
+
+
+def test_a_panel_without_a_common_time_stays_empty(tmp_path):
+    """Two seeds with one evaluation each, at different seconds: nothing to draw, and no failure."""
+    pytest.importorskip("matplotlib")
+    runs = [run_rows("sac_online", "Ant-v4", seed, [5], hours=seed) for seed in (1, 2)]
+    write(tmp_path / "young.csv", [row for run in runs for row in run])
+    figures_campaign.draw_curves(tmp_path / "young.csv", tmp_path / "x.png", "seconds")
+    assert (tmp_path / "x.png").stat().st_size > 1_000
 
 
 # ---------------------------------------------------------------------------- latency.py

@@ -138,7 +138,7 @@ def test_documented_offline_commands_parse(command):
         ("--eval-episodes 0", "--eval-episodes 0 must be"),
         ("--eval-every -1", "--eval-every -1 must be 0 or more"),
         ("--batch-size 200", "--batch-size must be at most --learning-starts"),
-        ("--num-envs 500", "--num-envs must be at most --total-timesteps"),
+        ("--num-envs 101", "--num-envs must be at most --learning-starts"),
         ("--learning-starts 500", "at most --total-timesteps"),
         ("--buffer-size 1", "--num-envs must be at most --buffer-size"),
         ("--gamma 0", "--gamma 0.0 must be above 0"),
@@ -148,6 +148,7 @@ def test_documented_offline_commands_parse(command):
         ("--critic-lr -0.1", "--critic-lr -0.1"),
         ("--utd 0", "--utd 0.0 must be above 0"),
         ("--utd 0.001", "gives no update"),
+        ("--num-envs 70 --total-timesteps 200 --learning-starts 150", "gives no update"),
         ("--device cuda:7", "--device cuda:7"),
         ("--device tpu9", "--device tpu9"),
     ],
@@ -183,10 +184,15 @@ REFUSED_BY_PLUS = [
 ]
 
 
+MANY_STEPS = "--total-timesteps 110000 --learning-starts 100000 --batch-size 100000"
+
+
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [
         *[("fpmd_plus_online", *case) for case in REFUSED_BY_PLUS],
+        ("sac_online", "--critic-batch-norm --tau 0.02", "--tau does nothing unless"),
+        ("sac_online", f"{MANY_STEPS} --num-atoms 1001", "--num-atoms 1001 needs about"),
         *[(name, "--num-candidates 0", "--num-candidates 0") for name in CANDIDATES],
         *[(name, "--flow-steps 0", "--flow-steps 0") for name in [*STEPPED, "dpmd_online"]],
         *[(name, "--reward-scale inf", "--reward-scale inf must be") for name in SCALED],

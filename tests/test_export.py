@@ -200,6 +200,29 @@ def test_a_program_of_torch_export(name, tmp_path):
     assert values[0] == values[1] and lines[2].startswith("torch.export: ")
 
 
+def test_a_suffix_may_be_of_any_case(tmp_path, monkeypatch):
+    """The format is the one that the name says."""
+    seen = []
+    monkeypatch.setattr(export, "serialise", lambda trained, suffix: seen.append(suffix))
+    monkeypatch.setattr(export, "batched", lambda content, suffix: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export.export(policies.read(policy_file("mvp_online", tmp_path)), tmp_path / "A.ONNX", 0)
+    assert seen == [".onnx"]
+
+
+def test_an_episode_that_outlasts_torchs_has_noise_all_the_same():
+    """A chaotic simulator may keep a graph's episode running beyond the longest of torch."""
+    seen = []
+
+    def policy(obs, noise):
+        seen.append(noise)
+        return np.zeros(1)
+
+    noise = np.zeros((1, 3, 1), np.float32)
+    act.play(policy, (1,), "Pendulum-v1", "{}", act.Plan([1], noise, max_steps=5))
+    assert [float(x.item()) != 0 for x in seen] == [False] * 3 + [True] * 2
+
+
 @needs_onnx
 def test_the_program_as_it_is_typed(tmp_path):
     """Of a run directory: two returns alike, two latencies, and no torch in the second process."""

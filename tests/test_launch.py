@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tomllib
 from argparse import Namespace
-from benchmark.launch.engines import Ray
+from benchmark.files import Refused
+from benchmark.launch.engines import Local, Ray
 from benchmark.launch.jobs import Job, read_rows
 from benchmark.launch.progress import View, look
 
@@ -439,6 +440,30 @@ def test_stopping_the_launcher_saves_the_jobs(root, launch, signum):
     assert all(15 <= state["step"] < 100 for state in saved) and not attempts_of(jobs(root)[2])
     assert launch(*flags).status == 0
     assert evaluations(results(root)) == expected(1) + expected(2) + expected(3)
+
+
+def test_a_second_signal_waits_for_no_job(tmp_path):
+    """Not even for one that ignores the first, as scripts do within the same second."""
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    command = [sys.executable, "-c", f"{deaf}; print('ready', flush=True); time.sleep(60)"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout.readline() == b"ready\n"
+    Local.stop(None, (process, {}), hard=False)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    Local.stop(None, (process, {}), hard=True)
+    assert process.wait(PATIENCE) == -signal.SIGKILL
+    process.stdout.close()
+
+
+def test_a_dataset_outside_of_the_jobs_folder_is_refused(tmp_path):
+    """A link to it would lie outside as well, where somebody's file may be."""
+    (tmp_path / "x.npz").write_text("mine")
+    args = {"offline_steps": 200, "total_timesteps": 100, "dataset": "../x.npz"}
+    job = Job(ROOT / "mvp_offline_to_online.py", "Ant-v4", 1, "", [], args, tmp_path / "job")
+    with pytest.raises(Refused, match="give an absolute path"):
+        job.link_dataset()
+    assert (tmp_path / "x.npz").read_text() == "mine" and not job.dir.exists()
 
 
 def attempts_of(job):

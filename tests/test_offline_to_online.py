@@ -380,6 +380,26 @@ def test_stopped_runs_go_on_exactly(run, monkeypatch, tmp_path):
         assert differences(straight, load(run_dir)) == []
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_no_chunk_goes_on_from_another_state(run, monkeypatch, moved):
+    """An episode that does not play back ends in the buffer, and its plan with it."""
+    run_dir = run("Hopper-v4")
+    saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    saved["plan"] = torch.zeros(2, 1, 3)
+    saved["envs"]["obs"] += moved
+    torch.save(saved, run_dir / "checkpoint.pt")
+    seen = []
+
+    def train(agent, buffer, envs, run, *_):
+        seen.append((len(run.plan), buffer.data["ends"][buffer.position - 1].item()))
+        assert run.bar.total == script.steps_of(run.args)  # of both phases
+
+    monkeypatch.setattr(script, "train", train)
+    steps = saved["args"]["total_timesteps"] + 20
+    script.main(script.Args(**(saved["args"] | {"resume": str(run_dir), "total_timesteps": steps})))
+    assert seen == [(0, 1) if moved else (2, 0)]
+
+
 @pytest.mark.slow
 def test_learns_which_half_of_the_data_succeeds(tmp_path, monkeypatch):
     """Data that goes left or right by whole chunks, rewarded at the end of one to the right.

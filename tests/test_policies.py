@@ -105,6 +105,16 @@ def test_publishing_copies_and_writes_a_row(publish_to, tmp_path):
     assert re.search(r"--total-timesteps \d+`", tables_deploy.policies(tmp_path / "policies.csv"))
 
 
+def test_silence_is_no_success_where_others_succeed(publish_to, tmp_path, monkeypatch):
+    """As in --evaluate; where no episode says anything there is no rate."""
+    path = policy_file("fpmd_online", tmp_path, env_id="Hopper-v4")
+    for successes, rate in ([1, np.nan, 1, np.nan], "0.5"), ([np.nan] * 4, ""):
+        played = publish.policies.Episodes([1.0] * 4, successes, obs=None, noise=None)
+        monkeypatch.setattr(publish.policies, "play", lambda *_, played=played: played)
+        (row,) = publish_to(path, "--name", "b", "--episodes", 4)
+        assert row["success_rate"] == rate
+
+
 def test_what_cannot_be_published_leaves_nothing(publish_to, tmp_path, monkeypatch):
     path = policy_file("fpmd_online", tmp_path)
     for words in (

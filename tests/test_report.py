@@ -5,8 +5,14 @@ import json
 import shutil
 import subprocess
 import sys
-from benchmark.report import style, tables_training
-from benchmark.report.figures_training import draw_beside_sac, draw_from_pixels, draw_variants
+from benchmark.report import formatting, style, tables_training
+from benchmark.report.figures_training import (
+    draw_beside_sac,
+    draw_climb,
+    draw_from_pixels,
+    draw_variants,
+    reached_by_all,
+)
 from benchmark.runs import defaults
 from pathlib import Path
 
@@ -17,6 +23,12 @@ VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "gymnasium": "1.4.0", "mujoco
 VERSIONS |= {"numpy": "2.4.6", "commit": "0123456789abcdef", "device": "a CPU", "threads": 2}
 HEAD = "global_step,updates,wall_time,mode,nfe,num_candidates,return_mean,return_std,success_rate,"
 HEAD += "episodes_cut,"
+
+
+RUN = {"algorithm": "fpmd_plus_online", "env_id": "a-task", "seed": 1, "global_step": 1000}
+RUN |= {"updates": 1000, "wall_time": 60, "mode": "one_step", "nfe": 1, "num_candidates": 8}
+RUN |= {"return_mean": 0, "returns": "1 2", "flags": "", "utd": 1.0, "total_timesteps": 100_000}
+RUN |= {"device": "a CPU", "threads": 1, "torch": "2.13.0", "commit": "0" * 40}
 
 
 def program(root, name, *arguments):
@@ -209,6 +221,20 @@ def test_results_table_says_what_the_runs_did(copy):
     assert other["one step"] == "10.0" and other["seeds"] == "1"  # one seed: no interval
     assert other["steps"] == "1,000 of 5,000" and other["random"] == "?"
     assert "Ant-v4 `--total-timesteps 6000 --num-candidates 8`" in "\n".join(lines)
+
+
+def test_results_are_read_where_all_seeds_have_been(tmp_path):
+    """The longer run counts up to where the shorter one ends, as the steps of the row say."""
+    rows = []
+    for seed, end in (1, 100_000), (2, 40_000):
+        for step in range(10_000, end + 1, 10_000):
+            for mode in "one_step", "best_of_n":
+                row = RUN | {"seed": seed, "global_step": step, "mode": mode, "updates": step}
+                rows.append(row | {"return_mean": 1000 * seed + (step > 40_000) * 9_000})
+    write(tmp_path / "runs.csv", rows)
+    row = tables_training.results(tmp_path / "runs.csv").splitlines()[2]
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[3:6] == ["40,000 of 100,000", "40,000", "2"] and cells[7] == "1,500 ± 6,353"
 
 
 def test_ablation_pairs_the_seeds(copy):
@@ -524,6 +550,88 @@ def test_the_figure_of_variants_has_a_row_each(tmp_path, monkeypatch):
     assert drawn[1][1] == pytest.approx((45 - 63.53, 45 + 63.53), abs=0.01)  # 12.706 * 5
 
 
+ALL_FLAGS = "--td-action best --num-atoms 1 --no-normalize-rewards --critic-lr 0.0003"
+
+
+def climb_rows():
+    """From the most flags to none, in no order; one run is longer, one variant lacks a seed."""
+    runs = {("--critic-lr 0.0003", 1): 50, ("--critic-lr 0.0003", 3): 70}
+    runs |= {("", seed): 200 + 100 * seed for seed in (1, 2, 3)}
+    runs |= {(ALL_FLAGS, seed): 10 + seed for seed in (1, 2, 3)}
+    rows = [
+        RUN | {"flags": flags, "seed": seed, "global_step": step, "return_mean": value}
+        for (flags, seed), end in runs.items()
+        for step, value in ((100, 0), (200, end), (300, 9_000))
+        if step < 300 or not flags
+    ]
+    return [row | {"updates": row["global_step"] - 50} for row in rows]
+
+
+def test_a_climb_compares_each_variant_with_the_one_above(copy):
+    table, text = tabled(copy, "plus-climb", "plus_climb_cpu.csv", climb_rows())
+    assert [tuple(row.values()) for row in table] == [
+        ("FPMD-M's learning", "3", "12.0 ± 2.5", ""),
+        # seed 1: 50 - 11, seed 3: 70 - 13; 12.706 * sd / sqrt 2
+        ("+ a sampled TD action, C51, normalised rewards", "2", "60.0 ± 127", "48.0 ± 114"),
+        # seed 1: 300 - 50, seed 3: 500 - 70
+        ("+ critics' step size 1e-3", "3", "400 ± 248", "340 ± 1,144"),
+    ]
+    assert "a-task, the last evaluation of 2 episodes" in text and "200 steps, 150 updates" in text
+
+
+def test_the_figure_of_a_climb_keeps_its_order(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    write(tmp_path / "climb.csv", climb_rows())
+    drawn, named = [], []
+    monkeypatch.setattr(style, "draw_interval", lambda _, *what: drawn.append(what))
+    monkeypatch.setattr(style, "name_rows", lambda _, names, colours: named.extend(names))
+    monkeypatch.setattr(style, "save", lambda figure, output: None)
+    draw_climb(tmp_path / "climb.csv", tmp_path / "x.png")
+    assert [what[2] for what in drawn] == [12, 60, 400]
+    assert [sorted(what[0]) for what in drawn] == [[11, 12, 13], [50, 70], [300, 400, 500]]
+    assert named[0] == "FPMD-M's learning" and named[-1] == "+ critics' step size 1e-3"
+
+
+def test_a_difference_is_bold_where_its_interval_excludes_zero():
+    assert formatting.difference([101, 102, 103]) == "**102 ± 2.5**"
+    assert formatting.difference([1, 2, 3]) == "2.0 ± 2.5"
+    assert formatting.difference([102]) == "102"
+
+
+def test_flags_that_have_a_column_elsewhere_tell_variants_apart(tmp_path):
+    """In an ablation --utd and N have none: two rows called the default would be one too many."""
+    values = {"": 100, "--num-atoms 1": 90, "--utd 0.5": 10, "--num-candidates 4": 50}
+    rows = [
+        RUN | {"flags": flags, "seed": seed, "mode": mode, "return_mean": value}
+        for flags, value in values.items()
+        for seed in (1, 2)
+        for mode in ("one_step", "best_of_n")
+    ]
+    write(tmp_path / "runs.csv", rows)
+    table = tables_training.ablation(tmp_path / "runs.csv", average=1).splitlines()[2:-2]
+    cells = [[cell.strip() for cell in line.split("|")[2:6]] for line in table]
+    assert cells == [
+        ["the default", "2", "100 ± 0.0", ""],
+        ["`--num-atoms 1`", "2", "90.0 ± 0.0", "**-10.0 ± 0.0**"],
+        ["`--num-candidates 4`", "2", "50.0 ± 0.0", "**-50.0 ± 0.0**"],
+        ["`--utd 0.5`", "2", "10.0 ± 0.0", "**-90.0 ± 0.0**"],
+    ]
+
+
+def test_seeds_are_drawn_where_they_were_evaluated_alike():
+    """One evaluated every 25k steps and one every 10k: they meet at 50k and 100k alone."""
+    every = {1: 25_000, 2: 10_000}
+    runs = [
+        [
+            {"mode": "one_step", "global_step": step, "return_mean": step / 1000}
+            for step in range(gap, 100_001, gap)
+        ]
+        for gap in every.values()
+    ]
+    steps, values = reached_by_all(runs, "one_step")
+    assert steps == [50_000, 100_000] and values.tolist() == [[50, 100]] * 2
+
+
 def test_a_screen_of_several_modes_says_who_acts(tmp_path):
     known = {"env_id": "a-task", "setting": "fast", "seed": 1, "returns": "1 2"}
     known |= {"device": "a CPU", "threads": 1, "torch": "2.13.0", "commit": "0" * 40}
@@ -551,6 +659,7 @@ def test_a_screen_of_several_modes_says_who_acts(tmp_path):
 def test_runs_become_tidy_rows(tmp_path):
     changed = {"num_candidates": 8, "compile": False, "policy_lr": [1e-4, 1e-5], "device": "cpu"}
     changed["exp_name"] = "fpmd_online_variant"  # still a run of fpmd_online.py
+    changed["env_kwargs"] = '{"exclude": true}'
     first = write_run(tmp_path, "Walker2d-v4", 2, [1, 2], [3, 4], **changed)
     second = write_run(tmp_path, "Ant-v4", 10, [5], [6], runs_dir="elsewhere", torch_threads=2)
     unfinished = write_run(tmp_path, "Ant-v4", 9, [7], [8])
@@ -577,7 +686,9 @@ def test_runs_become_tidy_rows(tmp_path):
         ("Walker2d-v4", "2", "2000", "best_of_n"),
     ]
     assert {row["flags"] for row in rows[:4]} == {""}
-    assert rows[4]["flags"] == "--num-candidates 8 --policy-lr 0.0001 1e-05 --no-compile"
+    # as a shell takes it
+    words = """--env-kwargs '{"exclude": true}' --num-candidates 8 --policy-lr 0.0001 1e-05"""
+    assert rows[4]["flags"] == f"{words} --no-compile"
     assert rows[7] == {
         "algorithm": "fpmd_online", "env_id": "Walker2d-v4", "seed": "2",
         "global_step": "2000", "updates": "400", "wall_time": "3600.0",

@@ -69,6 +69,28 @@ def test_resumed_equals_uninterrupted(script, run, env_id):
     assert load(resumed)["global_step"] == 360 and differences(before, load(resumed)) != []
 
 
+def test_what_another_process_saves_before_the_lock_is_not_lost(script, run, monkeypatch):
+    """It may save and end between this one's first look at the checkpoint and its lock."""
+    steps = 200
+    run_dir = run(total_timesteps=steps)
+    early = load(run_dir)
+    script.main(script.Args(**(early["args"] | {"resume": str(run_dir), "total_timesteps": 240})))
+    late = (run_dir / "checkpoint.pt").read_bytes()
+    torch.save(early, run_dir / "checkpoint.pt")
+    real = script.lock
+
+    def slow(folder):
+        (folder / "checkpoint.pt").write_bytes(late)
+        return real(folder)
+
+    monkeypatch.setattr(script, "lock", slow)
+    monkeypatch.setattr(script, "train", lambda *_: None)
+    seen = []
+    monkeypatch.setattr(script.Run, "work", lambda run: seen.append(run.global_step))
+    script.main(script.Args(**(early["args"] | {"resume": str(run_dir), "total_timesteps": 280})))
+    assert seen == [240]
+
+
 def test_asynchronous_envs_resume_as_well(script, run):
     """One process per env gives the same run as all envs in one process, resumed or not."""
     straight = run(env_id="Hopper-v4", total_timesteps=300)

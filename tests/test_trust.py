@@ -5,6 +5,7 @@ test_bad_inputs.py, stops at random instants in test_stops.py.
 """
 
 import csv
+import importlib
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -259,6 +260,8 @@ def test_the_component_and_the_step_are_right(run, tmp_path, name):
     # the second of three, whether one counts from 0 or from 1
     step = re.search(r"environment 0 returned NaN in observation [12] at step (\d+)", line)[1]
     assert int(step) == 10  # of its episode
+    envs = load(the_run(tmp_path))["envs"]  # as they were before that step
+    assert envs["lengths"][0] == len(envs["episodes"][0]["actions"]) == 9
 
 
 @TWO
@@ -285,6 +288,41 @@ def test_a_buffer_that_no_machine_holds_is_refused(run, tmp_path, name):
     changes = {"env_id": "odd_envs:HugeObs-v0", "buffer_size": 10**9}
     assert_one_line(run(name, changes), name, 2, "--buffer-size")
     assert not (tmp_path / "runs").exists()
+
+
+@ONE
+def test_a_policy_plays_where_its_buffer_would_not_fit(name, monkeypatch):
+    """7: --evaluate makes no buffer, so none is counted."""
+    script = importlib.import_module(name)
+    monkeypatch.setattr(script, "memory_of", lambda device: 1e9)
+    args = script.Args(buffer_size=10**8)
+    with pytest.raises(SystemExit):
+        script.refuse_too_large(args, 3, 1, torch.device("cpu"))
+    script.refuse_too_large(replace(args, evaluate="policy.pt"), 3, 1, torch.device("cpu"))
+
+
+@ONE
+def test_a_container_has_what_its_limit_leaves(name, monkeypatch):
+    """7: less what its processes hold; files that are cached can go."""
+    script = importlib.import_module(name)
+    files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   2000000 kB\n"}
+
+    class Files(type(Path())):
+        def read_text(self):
+            if str(self) not in files:
+                raise FileNotFoundError(self)
+            return files[str(self)]
+
+    monkeypatch.setattr(script, "Path", Files)
+    cpu = torch.device("cpu")
+    assert script.memory_of(cpu) == 2_048_000_000
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert script.memory_of(cpu) == 2_048_000_000
+    files["/sys/fs/cgroup/memory.max"] = "1000000000\n"
+    files["/sys/fs/cgroup/memory.stat"] = "anon 300000000\nfile 500000000\n"
+    assert script.memory_of(cpu) == 700_000_000
+    del files["/proc/meminfo"]
+    assert script.memory_of(cpu) == 700_000_000
 
 
 @ONE

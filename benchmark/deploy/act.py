@@ -98,9 +98,9 @@ def play(policy: Callable, noise_shape, env_id: str, env_kwargs: str, plan: Plan
         for _ in range(plan.max_steps):
             if not chunk:
                 noise = None
-                if plan.noise is not None:
+                if plan.noise is not None and calls < plan.noise.shape[1]:
                     noise = plan.noise[i, calls]
-                elif noise_shape is not None:
+                elif noise_shape is not None:  # also where an episode outlasts all of torch's
                     noise = rng.standard_normal(noise_shape, np.float32)
                 actions = policy(flatten(env.observation_space, obs), noise)
                 # a policy of chunks has a dimension more; they are executed one by one

@@ -238,10 +238,10 @@ def export(trained: Trained, path: Path, episodes: int = 10) -> list[str]:
 
     Raises RuntimeError if the graph does not act as torch does; then nothing is written.
     """
-    model = trained.in_own_units()
+    model, suffix = trained.in_own_units(), path.suffix.lower()
     played = policies.play(trained, episodes) if episodes else None
-    content = serialise(trained, path.suffix)
-    batch = batched(content, path.suffix)
+    content = serialise(trained, suffix)
+    batch = batched(content, suffix)
     error, share = difference(trained, batch, observations(trained, played))
     if not share < TOLERANCE:
         raise RuntimeError(f"the graph's actions differ from torch's by up to {error:.3g}")
@@ -249,13 +249,13 @@ def export(trained: Trained, path: Path, episodes: int = 10) -> list[str]:
     torch_result = {"returns": played.returns if played else [], "ms": ms}
     if played is None:
         result = {"returns": [], "ms": milliseconds(single(batch), trained)}
-    elif path.suffix == ".onnx":
+    elif suffix == ".onnx":
         result = play_without_torch(content, trained, plan_of(trained, played))
     else:
         result = play_program(batch, trained, plan_of(trained, played))
     with whole_file(path, "wb") as file:
         file.write(content)
-    name = "onnxruntime" if path.suffix == ".onnx" else "torch.export"
+    name = "onnxruntime" if suffix == ".onnx" else "torch.export"
     name += ", without torch" if result.get("torch") is False else ""
     sizes = trained.observation(1).shape[1:], trained.actor.noise_shape or (), model.shape
     obs, noise, actions = (", ".join(map(str, shape)) for shape in sizes)
@@ -292,7 +292,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    refuse_missing_packages(options.output.suffix)
+    refuse_missing_packages(options.output.suffix.lower())
     script = Path(options.script) if options.script else None
     if script and not (exists(script) and script.suffix == ".py"):
         fail(f"--script {script} is no Python file")

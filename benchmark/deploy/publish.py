@@ -45,7 +45,8 @@ def measure(trained: policies.Trained, name: str, episodes: int) -> dict:
         "episodes": episodes,
         "return_mean": np.mean(played.returns),
         "return_std": np.std(played.returns, ddof=1),
-        "success_rate": successes.mean() if np.isfinite(successes).all() else "",
+        # an episode that does not say so has not succeeded, where others do say it
+        "success_rate": np.nan_to_num(successes).mean() if np.isfinite(successes).any() else "",
         "returns": " ".join(f"{value:.4f}" for value in played.returns),
     }
 

@@ -56,7 +56,11 @@ class Local:
         return status
 
     def stop(self, handle, hard: bool) -> None:
-        handle[0].terminate()  # a script saves on the first signal and is killed by the second
+        process, _ = handle
+        if hard:
+            process.kill()  # ended() finds what it leaves running
+        else:
+            process.terminate()  # the script saves
 
 
 class Ray:

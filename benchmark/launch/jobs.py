@@ -74,6 +74,8 @@ class Job:
         """A relative path to a dataset holds in the job's folder, too, where the script runs."""
         path = Path(self.args.get("dataset", ""))
         if path.suffix == ".npz" and not path.is_absolute():
+            if ".." in path.parts:  # the link would lie outside, perhaps where a file is
+                fail(f"--dataset {path} leads out of a job's folder: give an absolute path")
             link = self.dir / path
             link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)

@@ -57,6 +57,9 @@ def draw_curves(path: Path, output: Path, against: str = "steps") -> None:
                 panel.axhline(height, color="0.5", ls=":", lw=1, zorder=0)
                 labels.append((height, text, "0.4"))
                 seen.append(height)
+        if not ends:  # nothing to draw yet, or no time that all seeds have reached
+            panel.set_title(f"{env_id}: nothing yet")
+            continue
         low, high = min(seen), max(seen)
         low, high = low - 0.06 * (high - low), high + 0.06 * (high - low)
         end = max(x for x, _, _ in ends)

@@ -5,7 +5,9 @@ from benchmark.report import style
 from benchmark.report.formatting import read, references
 from benchmark.report.training_runs import (
     PUBLISHED_100K,
+    SETTING,
     beside_sac,
+    climb,
     curve,
     cut,
     experiments,
@@ -18,6 +20,7 @@ from benchmark.report.training_runs import (
 )
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -36,15 +39,15 @@ def finish(panel, labels: list[tuple], last_step: int) -> None:
 
 def reached_by_all(runs: Iterable[list[dict]], mode: str) -> tuple[list[int], np.ndarray]:
     """The steps at which every run was evaluated in a mode, and their returns (seeds, steps)."""
-    curves = [curve(run, mode) for run in runs]
-    steps = min((steps for steps, _ in curves), key=len)
-    return steps, np.array([returns[: len(steps)] for _, returns in curves])
+    curves = [dict(zip(*curve(run, mode), strict=True)) for run in runs]
+    steps = sorted(set.intersection(*map(set, curves)))
+    return steps, np.array([[returns[step] for step in steps] for returns in curves])
 
 
 def draw_learning_curves(path: Path, output: Path) -> None:
     """A panel per experiment: both evaluation modes against environment steps."""
     found, reference = experiments(path), references()
-    own_names = names(found)
+    own_names = names(found, SETTING)
     figure, panels = style.grid_of_panels(len(found), 2.6, columns=2)
     for panel, (key, seeds) in zip(panels, found.items(), strict=True):
         (algorithm, env_id, _), own = key, own_names[key][1]
@@ -128,6 +131,23 @@ def draw_variants(path: Path, output: Path) -> None:
     style.save(figure, output)
 
 
+def draw_climb(path: Path, output: Path) -> None:
+    """What one step earns at last as one ingredient after another is added, from the top."""
+    rungs = climb(cut(experiments(path)))
+    rows = [
+        np.array([curve(run, "one_step")[1][-1] for run in seeds.values()])
+        for seeds in rungs.values()
+    ]
+    colours = [style.DARK] * len(rows)
+    colours[-1] = style.ALGORITHMS["fpmd_plus_online"]
+    figure, (panel,) = style.grid_of_panels(1, 0.4 + 0.3 * len(rows))
+    style.draw_rows(panel, rows, list(rungs), colours)
+    panel.xaxis.set_major_formatter(style.with_commas)
+    panel.grid(axis="x")
+    panel.set_xlabel("return of one step")
+    style.save(figure, output)
+
+
 def draw_from_pixels(path: Path, output: Path) -> None:
     """Returns against agent steps: seen, one step and best of N, and one step blind."""
     colour = style.ALGORITHMS["fpmd_meanflow_online"]
@@ -169,7 +189,7 @@ def draw_success_rate(panel, found: dict, mode: str) -> None:
     variants = names(found)
     ends = []
     colours = style.FIRST, style.SECOND, style.THIRD, style.FOURTH
-    for key, colour in zip(sorted(found, key=lambda k: variants[k][1]), colours, strict=False):
+    for key, colour in zip(sorted(found, key=lambda k: variants[k][1]), cycle(colours)):
         runs = [successes(run, mode) for run in found[key].values()]
         steps = sorted(set.intersection(*map(set, runs)))
         values = np.array([[run[step] for step in steps] for run in runs])

@@ -84,6 +84,13 @@ def across_seeds(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {number(interval(values))}"
 
 
+def difference(values: list[float]) -> str:
+    """The same of differences, bold where their interval excludes zero."""
+    text = across_seeds(values)
+    sure = len(values) > 1 and abs(statistics.fmean(values)) > interval(values)
+    return f"**{text}**" if sure else text
+
+
 def references() -> dict:
     """Mean return by (env_id, policy), for the policies random and zero."""
     rows = read(RESULTS / "reference_policies.csv")

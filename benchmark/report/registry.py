@@ -12,6 +12,7 @@ from benchmark.report.figures_campaign import (
 from benchmark.report.figures_latency import draw_latency
 from benchmark.report.figures_training import (
     draw_beside_sac,
+    draw_climb,
     draw_from_pixels,
     draw_learning_curves,
     draw_success_rates,
@@ -38,6 +39,7 @@ TRAINING = {
     "recipe-screen": (training.screen, "recipe_screen.csv"),
     "policy-screen": (training.screen, "policy_screen.csv"),
     "plus-ingredients": (partial(training.ablation, average=1), "plus_ingredients_cpu.csv"),
+    "plus-climb": (training.steps_of_a_climb, "plus_climb_cpu.csv"),
     "plus-100k": (training.at_100k, "plus_100k_cpu.csv"),
     "two-doors": (
         partial(training.screen, modes=("one_step", "best_of_n", "sampled")),
@@ -71,6 +73,7 @@ CURVES = {
     ),
     "plus_100k_cpu.png": (draw_beside_sac, "plus_100k_cpu.csv"),
     "plus_ingredients_cpu.png": (draw_variants, "plus_ingredients_cpu.csv"),
+    "plus_climb_cpu.png": (draw_climb, "plus_climb_cpu.csv"),
     "pixels_cpu.png": (draw_from_pixels, "pixels_cpu.csv"),
     "mvp_online_cpu.png": (draw_learning_curves, "mvp_online_cpu.csv"),
     "offline_to_online_cpu.png": (draw_success_rates, "offline_to_online_cpu.csv"),

@@ -7,9 +7,12 @@ from benchmark.report.formatting import table_with_note
 from benchmark.report.intervals import LAST, half_width, interval
 from benchmark.report.training_runs import (
     PUBLISHED_100K,
+    SETTING,
     beside_sac,
+    climb,
     curve,
     cut,
+    cut_seeds,
     experiments,
     is_blind,
     last,
@@ -24,12 +27,18 @@ from pathlib import Path
 
 ABLATION_LAST = 3  # the same in short runs that are compared with each other
 
+PAIRED = (
+    "± Student's 95% interval over seeds; differences are taken seed by seed, "
+    "bold where their interval excludes zero"
+)
+
 
 def results(path: Path) -> str:
     table, flags, episodes, reference = [], [], set(), fmt.references()
     found = experiments(path)
     for key, seeds in found.items():
-        (env_id, own), flag = names(found)[key], key[-1]
+        (env_id, own), flag = names(found, SETTING)[key], key[-1]
+        seeds = cut_seeds(seeds)
         name = env_id + f" `{own}`" * bool(own)
         ends = [last(run) for run in seeds.values()]
         end = min(ends, key=lambda row: int(row["global_step"]))
@@ -121,9 +130,7 @@ def ablation(path: Path, average: int = ABLATION_LAST) -> str:
             ]
             row[title] = fmt.across_seeds(list(ends[0].values()))
             paired = [end - ends[1][seed] for seed, end in ends[0].items() if seed in ends[1]]
-            row[f"{title}, minus default"] = fmt.across_seeds(paired) if own else ""
-            if own and len(paired) > 1 and abs(statistics.fmean(paired)) > interval(paired):
-                row[f"{title}, minus default"] = f"**{row[f'{title}, minus default']}**"
+            row[f"{title}, minus default"] = fmt.difference(paired) if own else ""
         table.append(row)
         episodes |= {len(row["returns"].split()) for run in found[key].values() for row in run}
     ends = [run[-1] for seeds in found.values() for run in seeds.values()]
@@ -135,10 +142,31 @@ def ablation(path: Path, average: int = ABLATION_LAST) -> str:
         averaged = f"the mean of the last {average} evaluations"
     note = (
         f"Returns are {averaged} of {fmt.joined_numbers(episodes)} episodes, "
-        "± Student's 95% interval over seeds; "
-        "differences are taken seed by seed, bold where their interval excludes zero. "
+        f"{PAIRED}. "
         f"{int(ends[0]['global_step']):,} steps, {updates} updates, "
         f"{flags}{fmt.hardware(ends)}, commit {fmt.commits(ends)}."
+    )
+    return table_with_note(table, note)
+
+
+def steps_of_a_climb(path: Path) -> str:
+    """Variants that add one ingredient after another, each against the one above, by seed."""
+    table, ends, above = [], [], {}
+    for added, seeds in climb(cut(experiments(path))).items():
+        returns = {seed: curve(run, "one_step")[1][-1] for seed, run in seeds.items()}
+        gain = [value - above[seed] for seed, value in returns.items() if seed in above]
+        row = {"what is added": added, "seeds": len(seeds)}
+        row["one step"] = fmt.across_seeds(list(returns.values()))
+        row["minus the row above"] = fmt.difference(gain) if above else ""
+        table.append(row)
+        above = returns
+        ends += [run[-1] for run in seeds.values()]
+    counts = {len(end["returns"].split()) for end in ends}
+    note = (
+        f"{ends[0]['env_id']}, the last evaluation of {fmt.joined_numbers(counts)} episodes, "
+        f"{PAIRED}. "
+        f"{int(ends[0]['global_step']):,} steps, {int(ends[0]['updates']):,} updates, "
+        f"{fmt.hardware(ends)}, commit {fmt.commits(ends)}."
     )
     return table_with_note(table, note)
 

@@ -4,9 +4,21 @@ import re
 from benchmark import RESULTS
 from benchmark.report.formatting import read
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 PUBLISHED_100K = RESULTS / "published_100k.csv"
+SETTING = "--num-candidates", "--flow-steps", "--utd"  # N, T, UTD have a place of their own
+INGREDIENTS = {  # of FPMD+, by the flag that switches each off
+    "--num-atoms 1": "C51",
+    "--no-normalize-rewards": "normalised rewards",
+    "--td-action best": "a sampled TD action",
+    "--imitation meanflow": "one latent",
+    "--weights best": "weights for all candidates",
+    "--critic-lr 0.0003": "critics' step size 1e-3",
+    "--policy-lr 0.0003": "policy's step size 1e-3",
+    "--adam-beta1 0.9": "Adam's beta_1 0.5",
+}
 
 
 def experiments(path: Path) -> dict:
@@ -15,6 +27,15 @@ def experiments(path: Path) -> dict:
     for row in read(path):
         found[row["algorithm"], row["env_id"], row["flags"]][row["seed"]].append(row)
     return found
+
+
+def cut_seeds(seeds: dict) -> dict:
+    """One experiment's runs {seed: rows}, all up to where the shortest of them ends."""
+    end = min(int(rows[-1]["global_step"]) for rows in seeds.values())
+    return {
+        seed: [row for row in rows if int(row["global_step"]) <= end]
+        for seed, rows in seeds.items()
+    }
 
 
 def cut(found: dict) -> dict:
@@ -70,15 +91,29 @@ def split_flags(key: tuple) -> list[str]:
     return re.split(r" (?=--)", key[-1])
 
 
-def names(found: dict) -> dict:
-    """What to call each experiment: its environment, and flags that not all there share."""
+def names(found: dict, but: tuple[str, ...] = ()) -> dict:
+    """What to call each experiment: its environment, and flags that not all there share.
+
+    but: flags that are said elsewhere.
+    """
     flags = {key: split_flags(key) for key in found}
     result = {}
     for key in found:
         others = [set(flags[other]) for other in found if other[:2] == key[:2]]
         own = [flag for flag in flags[key] if flag not in set.intersection(*others)]
-        own = [flag for flag in own if not flag.startswith(("--num-cand", "--flow-st", "--utd"))]
-        result[key] = key[1], " ".join(own)  # those three have a column
+        own = [flag for flag in own if flag.partition(" ")[0] not in but]
+        result[key] = key[1], " ".join(own)
+    return result
+
+
+def climb(found: dict) -> dict:
+    """Variants of one task, from the most flags to none: {what each adds: {seed: rows}}."""
+    flags = {key: [flag for flag in split_flags(key) if flag] for key in found}
+    order = sorted(found, key=lambda key: -len(flags[key]))
+    result = {"FPMD-M's learning": found[order[0]]}
+    for before, key in pairwise(order):
+        added = [flag for flag in flags[before] if flag not in flags[key]]
+        result["+ " + ", ".join(INGREDIENTS[flag] for flag in added)] = found[key]
     return result
 
 
