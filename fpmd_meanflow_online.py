@@ -517,7 +517,7 @@ def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng, obs) -
     """Act, learn, step, store, from obs (num_envs, obs_dim); run counts, logs and saves."""
     explore, improve = act_explore, update
     if args.compile:
-        explore, improve = accelerate(agent, explore, improve, args)  # the same, faster
+        explore, improve = accelerate(agent, explore, improve)  # the same, faster
     while not run.finished():
         # act: uniformly at random at first, then with exploration noise
         if run.global_step < args.learning_starts:
@@ -1764,9 +1764,7 @@ class OrEager:
         return self.function(agent, inputs, args, rng, *key)
 
 
-def accelerate(
-    agent: Agent, explore: Callable, improve: Callable, _args: Args
-) -> tuple[Callable, Callable]:
+def accelerate(agent: Agent, explore: Callable, improve: Callable) -> tuple[Callable, Callable]:
     """The two functions compiled, and on CUDA recorded; or as they are, and a line why."""
     say("the first updates are compiled, which takes a minute or more")
     for module in agent.modules():

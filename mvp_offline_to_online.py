@@ -484,7 +484,7 @@ def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng, obs) -
     """Learn; after the offline phase act, step, store, learn; obs (1, obs_dim)."""
     explore, improve = act_explore, update
     if args.compile:
-        explore, improve = accelerate(agent, explore, improve, args)  # the same, faster
+        explore, improve = accelerate(agent, explore, improve)  # the same, faster
     while not run.finished():
         run.begin_step()
         if run.global_step > args.offline_steps:
@@ -1800,9 +1800,7 @@ class OrEager:
         return self.function(agent, inputs, args, rng, *key)
 
 
-def accelerate(
-    agent: Agent, explore: Callable, improve: Callable, _args: Args
-) -> tuple[Callable, Callable]:
+def accelerate(agent: Agent, explore: Callable, improve: Callable) -> tuple[Callable, Callable]:
     """The two functions compiled, and on CUDA recorded; or as they are, and a line why."""
     say("the first updates are compiled, which takes a minute or more")
     try:

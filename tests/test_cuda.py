@@ -105,7 +105,7 @@ def train(script, path, **changes):
     buffer, actions = full_buffer(script, args), []
     explore, improve = script.act_explore, script.update
     if path in ("compiled", "captured") and not SMOKE:
-        explore, improve = script.accelerate(agent, explore, improve, args)
+        explore, improve = script.accelerate(agent, explore, improve)
         explore, improve = explore.function, improve.function  # what fails, fails the test
         assert isinstance(improve, script.Captured), "nothing was compiled or captured"
         if path == "compiled":  # what would have been recorded

@@ -650,7 +650,7 @@ def test_compiled_updates_equal_plain_ones():
         agent, args = make_agent(num_candidates=50, time_steps=50, offline_steps=100)
         improve = script.update
         if fast:
-            _, improve = script.accelerate(agent, script.act_explore, improve, args)
+            _, improve = script.accelerate(agent, script.act_explore, improve)
         generator = rng(7)
         for seed in range(10):
             metrics = one_update(script, agent, make_batch(seed), args, generator, improve)

@@ -229,7 +229,7 @@ def test_compiled_updates_equal_plain_ones():
         agent, args = make_agent(num_candidates=50)
         improve = script.update
         if fast:
-            _, improve = script.accelerate(agent, script.act_explore, improve, args)
+            _, improve = script.accelerate(agent, script.act_explore, improve)
         generator = rng(7)
         for seed in range(10):
             batch = make_chunks(args, seed=seed)

@@ -31,7 +31,7 @@ def agent_after(script, updates, fast, device="cpu", **changes):
     agent, generator = script.Agent(3, 2, args, device), torch.Generator(device).manual_seed(0)
     improve = script.update
     if fast:
-        _, improve = script.accelerate(agent, script.act_explore, improve, args)
+        _, improve = script.accelerate(agent, script.act_explore, improve)
     for i in range(updates):
         draw = rng(i)
         batch = {"obs": torch.randn((16, 3), generator=draw), "rewards": torch.ones(16)}

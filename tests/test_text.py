@@ -255,7 +255,7 @@ def test_an_agent_holds_no_function(script, fast, monkeypatch):
     agent = script.Agent(obs_of(script), 2, args, torch.device("cpu"))
     if fast:
         monkeypatch.setattr(torch, "compile", lambda function, **how: function)
-        script.accelerate(agent, script.act_explore, script.update, args)
+        script.accelerate(agent, script.act_explore, script.update)
     assert list(handles(agent)) == []
     agent.critic.handle = script.update
     assert list(handles(agent)) == ["handle"]

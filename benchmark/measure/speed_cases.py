@@ -90,7 +90,7 @@ def make_case(script, setting, mode, batch_size, device, **replaced) -> Case:
     explore, improve = module.act_explore, module.update
     if kind in ("compiled", "captured"):
         refuse_without_compiler(device)
-        explore, improve = module.accelerate(agent, explore, improve, args)
+        explore, improve = module.accelerate(agent, explore, improve)
         # where they fail, nothing else may be timed in their place
         explore, improve = explore.function, improve.function
     if kind == "compiled" and device.type == "cuda":  # there accelerate records them, too
