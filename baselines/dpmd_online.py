@@ -550,8 +550,8 @@ def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng, obs) -
 def fail(message: str, status: int = 2) -> NoReturn:
     """End in one line on stderr: status 2 refuses bad input, 1 is a failure in mid-run."""
     with suppress(OSError):  # nobody may be there to read it
-        line = " ".join(message.split())
-        print(f"{Path(__file__).name}: error: {line[:600]}{line[600:][-300:]}", file=sys.stderr)
+        line = " ".join(message.split())[:900]
+        print(f"{Path(__file__).name}: error: {line}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -965,6 +965,8 @@ def make_run_dir(args: Args, device: torch.device) -> Path:
     now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
     run_dir = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
+    if len(os.fsencode(run_dir.name)) > 255:
+        fail("--exp-name is too long")
     try:
         run_dir.mkdir(parents=True)
         write_json(run_dir / "versions.json", describe_machine(device))
@@ -1333,7 +1335,7 @@ class Run:
                 if before != version:
                     warn(f"{name} was {before}, is {version}: the run goes on, not bit for bit")
         except Exception as error:
-            fail(f"{file} does not fit this script and {self.args.env_id}: {reason(error)}")
+            fail(f"{file} is not of this version or task: {reason(error)}")
         self.saved_step = self.global_step
         if self.global_step > steps_of(self.args):
             fail(f"{file} has {self.global_step:,} steps already; raise --total-timesteps")
@@ -1553,7 +1555,7 @@ def memory_of(device: torch.device) -> float:
     group = Path("/sys/fs/cgroup")
     with suppress(OSError, ValueError):  # no limit
         limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.stat").read_text().split()[1])  # caches of files can go
+        used = int((group / "memory.stat").read_text().split()[1])  # file caches can go
         available = min(available, limit - used)
     return available
 
@@ -1795,7 +1797,7 @@ def replay(args: Args, agent: Agent, envs) -> None:
         refuse_unlike(saved, saved | ours)
         agent.acting_policy.load_state_dict(saved["policy"])
     except Exception as error:
-        fail(f"{file} does not fit this script and {args.env_id}: {reason(error)}")
+        fail(f"{file} is not of this version or task: {reason(error)}")
     act = MODES[DEPLOYED]
     frames = [] if args.capture_video else None
     returns, successes, cut = evaluate(act, agent, envs, args, frames)

@@ -566,8 +566,8 @@ def train(agent: Agent, buffer: ReplayBuffer, envs, run, args: Args, rng, obs) -
 def fail(message: str, status: int = 2) -> NoReturn:
     """End in one line on stderr: status 2 refuses bad input, 1 is a failure in mid-run."""
     with suppress(OSError):  # nobody may be there to read it
-        line = " ".join(message.split())
-        print(f"{Path(__file__).name}: error: {line[:600]}{line[600:][-300:]}", file=sys.stderr)
+        line = " ".join(message.split())[:900]
+        print(f"{Path(__file__).name}: error: {line}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -930,7 +930,7 @@ def make_envs(args: Args, n: int) -> GuardedEnvs:
     makers = [partial(make_env, args.env_id, i, args) for i in range(n)]
     vector = gym.vector.SyncVectorEnv
     if args.async_envs:
-        # a fork of a process that has rendered hangs, and the parent of these has
+        # a fork of a process that has rendered hangs
         vector = partial(gym.vector.AsyncVectorEnv, context="forkserver")
     # a signal waits until all processes are known, so that none is left behind
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
@@ -1010,6 +1010,8 @@ def make_run_dir(args: Args, device: torch.device) -> Path:
     now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
     run_dir = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
+    if len(os.fsencode(run_dir.name)) > 255:
+        fail("--exp-name is too long")
     try:
         run_dir.mkdir(parents=True)
         write_json(run_dir / "versions.json", describe_machine(device))
@@ -1376,7 +1378,7 @@ class Run:
                 if before != version:
                     warn(f"{name} was {before}, is {version}: the run goes on, not bit for bit")
         except Exception as error:
-            fail(f"{file} does not fit this script and {self.args.env_id}: {reason(error)}")
+            fail(f"{file} is not of this version or task: {reason(error)}")
         self.saved_step = self.global_step
         if self.global_step > steps_of(self.args):
             fail(f"{file} has {self.global_step:,} steps already; raise --total-timesteps")
@@ -1684,7 +1686,7 @@ def memory_of(device: torch.device) -> float:
     group = Path("/sys/fs/cgroup")
     with suppress(OSError, ValueError):  # no limit
         limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.stat").read_text().split()[1])  # caches of files can go
+        used = int((group / "memory.stat").read_text().split()[1])  # file caches can go
         available = min(available, limit - used)
     return available
 
@@ -1705,14 +1707,14 @@ def refuse_too_large(args: Args, obs_shape: tuple, act_dim: int, device: torch.d
     """What memory cannot hold is refused now, not when it is full."""
     states = max(args.batch_size, args.eval_episodes)
     pixels = math.prod(obs_shape[1:])
-    # 4 layers; each with its activation, and gradients of both
+    # 4 layers, their activations, gradients of both
     seen = 4 * 4 * args.encoder_channels * (args.image_size // 2) ** 2
     h_dim = Encoder(obs_shape, args.encoder_channels).out_dim
     rows = args.buffer_size * (act_dim + 4 + 2 * args.frame_stack)
     numbers = {  # of four bytes
         "buffer_size": 0 if args.evaluate else frames_held(args) * pixels // 4 + rows,
         "image_size": args.batch_size * (seen + 6 * args.frame_stack * pixels),
-        # three trunks with gradients and moments, and their slow copies
+        # three trunks: gradients, moments, slow copies
         "feature_dim": 15 * h_dim * args.feature_dim,
         "hidden_dim": 50 * args.hidden_dim**2,  # networks, averages, gradients, moments
         "num_candidates": 4 * getattr(args, "num_candidates", 1) * states * args.hidden_dim,
@@ -1945,7 +1947,7 @@ def replay(args: Args, agent: Agent, envs) -> None:
         for name, network in networks.items():
             network.load_state_dict(saved[name])
     except Exception as error:
-        fail(f"{file} does not fit this script and {args.env_id}: {reason(error)}")
+        fail(f"{file} is not of this version or task: {reason(error)}")
     act = MODES[DEPLOYED]
     frames = [] if args.capture_video else None
     returns, successes, cut = evaluate(act, agent, envs, args, frames)

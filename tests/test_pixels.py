@@ -803,7 +803,7 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(script, run, capsys, ch
     with pytest.raises(SystemExit) as stopped:
         go_on(script, run_dir, 140)
     line = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == 2 and "checkpoint.pt does not fit this script and " in line
+    assert stopped.value.code == 2 and "checkpoint.pt is not of this version or task" in line
 
 
 def test_what_moved_has_a_stack_of_its_own(script, run, monkeypatch, capsys):

@@ -147,7 +147,7 @@ def test_ctrl_c_spares_the_compiler_and_the_run_is_saved(script, start, tmp_path
         f"    pathlib.Path({str(updating)!r}).touch()\n"
         "    return update(*args, **options)\n"
         "script.update = marked\n"
-        "def critic_alone(agent, explore, improve, args):\n"  # all of it takes two minutes
+        "def critic_alone(agent, explore, improve):\n"  # all of it takes two minutes
         "    agent.critic.compile(dynamic=False)\n"
         "    return explore, improve\n"
         "script.accelerate = critic_alone\n"
