@@ -142,6 +142,9 @@ def draw_climb(path: Path, output: Path) -> None:
     colours[-1] = style.ALGORITHMS["fpmd_plus_online"]
     figure, (panel,) = style.grid_of_panels(1, 0.4 + 0.3 * len(rows))
     style.draw_rows(panel, rows, list(rungs), colours)
+    low, high = np.concatenate(rows).min(), np.concatenate(rows).max()
+    margin = 0.1 * (high - low)
+    panel.set_xlim(low - margin, high + margin)  # of the seeds: an interval may leave it
     panel.xaxis.set_major_formatter(style.with_commas)
     panel.grid(axis="x")
     panel.set_xlabel("return of one step")
