@@ -525,25 +525,31 @@ def test_the_figure_from_pixels_has_a_line_for_the_blind(tmp_path, monkeypatch):
     assert told == {"one step": 60, "best of 8": 160, "one step, black pictures": 6}
 
 
-def test_the_figure_of_variants_has_a_row_each(tmp_path, monkeypatch):
-    """The best on top, each up to the step that all have reached, seeds and interval."""
+@pytest.fixture
+def rows_drawn(monkeypatch):
+    """What style.draw_rows draws and names, in two lists, in place of a picture."""
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
-    known = {"algorithm": "fpmd_plus_online", "env_id": "a-task", "mode": "one_step"}
+    drawn, named = [], []
+    monkeypatch.setattr(style, "draw_interval", lambda _, *what: drawn.append(what))
+    monkeypatch.setattr(style, "name_rows", lambda _, names, colours: named.extend(names))
+    monkeypatch.setattr(style, "save", lambda figure, output: None)
+    return drawn, named
+
+
+def test_the_figure_of_variants_has_a_row_each(tmp_path, rows_drawn):
+    """The best on top, each up to the step that all have reached, seeds and interval."""
     runs = {("", 1): (0, 40, 900), ("", 2): (0, 50, 900)}
     runs |= {("--v-max 2", 1): (0, 60), ("--v-max 2", 2): (0, 80), ("--v-max 3", 1): (0, 10)}
     rows = [
-        known
+        RUN
         | {"flags": f"--tau 1 {own}".strip(), "seed": seed}
         | {"global_step": 100 * i, "return_mean": value}
         for (own, seed), values in runs.items()
         for i, value in enumerate(values)
     ]
     write(tmp_path / "variants.csv", rows)
-    drawn, named = [], []
-    monkeypatch.setattr(style, "draw_interval", lambda _, *what: drawn.append(what))
-    monkeypatch.setattr(style, "name_rows", lambda _, names, colours: named.extend(names))
-    monkeypatch.setattr(style, "save", lambda figure, output: None)
     draw_variants(tmp_path / "variants.csv", tmp_path / "x.png")
+    drawn, named = rows_drawn
     assert named == ["--v-max 2", "the default", "--v-max 3"]
     assert [list(what[0]) for what in drawn] == [[60, 80], [40, 50], [10]]
     assert [what[2:4] for what in drawn] == [(70, 0), (45, 1), (10, 2)]
@@ -579,14 +585,10 @@ def test_a_climb_compares_each_variant_with_the_one_above(copy):
     assert "a-task, the last evaluation of 2 episodes" in text and "200 steps, 150 updates" in text
 
 
-def test_the_figure_of_a_climb_keeps_its_order(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+def test_the_figure_of_a_climb_keeps_its_order(tmp_path, rows_drawn):
     write(tmp_path / "climb.csv", climb_rows())
-    drawn, named = [], []
-    monkeypatch.setattr(style, "draw_interval", lambda _, *what: drawn.append(what))
-    monkeypatch.setattr(style, "name_rows", lambda _, names, colours: named.extend(names))
-    monkeypatch.setattr(style, "save", lambda figure, output: None)
     draw_climb(tmp_path / "climb.csv", tmp_path / "x.png")
+    drawn, named = rows_drawn
     assert [what[2] for what in drawn] == [12, 60, 400]
     assert [sorted(what[0]) for what in drawn] == [[11, 12, 13], [50, 70], [300, 400, 500]]
     assert named[0] == "FPMD-M's learning" and named[-1] == "+ critics' step size 1e-3"

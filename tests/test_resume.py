@@ -71,8 +71,7 @@ def test_resumed_equals_uninterrupted(script, run, env_id):
 
 def test_what_another_process_saves_before_the_lock_is_not_lost(script, run, monkeypatch):
     """It may save and end between this one's first look at the checkpoint and its lock."""
-    steps = 200
-    run_dir = run(total_timesteps=steps)
+    run_dir = run(total_timesteps=200)
     early = load(run_dir)
     script.main(script.Args(**(early["args"] | {"resume": str(run_dir), "total_timesteps": 240})))
     late = (run_dir / "checkpoint.pt").read_bytes()

@@ -211,7 +211,8 @@ def read(source: Path, script: Path | None = None) -> Trained:
     try:
         check_sizes(saved)
         sizes = saved.get("obs_shape", saved.get("obs_dim")), saved["act_dim"]
-        module.refuse_too_large(replace(args, evaluate=str(file)), *sizes, CPU)
+        played = replace(args, evaluate=str(file))  # as such it needs no replay buffer
+        module.refuse_too_large(played, *sizes, CPU)
         agent = module.Agent(*sizes, args, CPU)
         acting = networks(agent)
         ours = {name: network.state_dict() for name, network in acting.items()}

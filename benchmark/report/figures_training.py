@@ -107,14 +107,18 @@ def draw_beside_sac(path: Path, output: Path) -> None:
     style.save(figure, output)
 
 
+def at_last(seeds: dict) -> np.ndarray:
+    """What one step of each seed's run earns in its last evaluation."""
+    return np.array([curve(run, "one_step")[1][-1] for run in seeds.values()])
+
+
 def draw_variants(path: Path, output: Path) -> None:
     """A panel per task: what each variant's one step earns at last, the best on top."""
     found = cut(experiments(path))
     labels, tasks = names(found), defaultdict(dict)
     for key, seeds in found.items():
         env_id, own = labels[key]
-        ends = [curve(run, "one_step")[1][-1] for run in seeds.values()]
-        tasks[env_id][own or "the default"] = np.array(ends)
+        tasks[env_id][own or "the default"] = at_last(seeds)
     most = max(map(len, tasks.values()))
     figure, panels = style.grid_of_panels(len(tasks), 0.4 + 0.3 * most, columns=1)
     for panel, (env_id, variants) in zip(panels, tasks.items(), strict=True):
@@ -134,15 +138,12 @@ def draw_variants(path: Path, output: Path) -> None:
 def draw_climb(path: Path, output: Path) -> None:
     """What one step earns at last as one ingredient after another is added, from the top."""
     rungs = climb(cut(experiments(path)))
-    rows = [
-        np.array([curve(run, "one_step")[1][-1] for run in seeds.values()])
-        for seeds in rungs.values()
-    ]
+    rows = [at_last(seeds) for seeds in rungs.values()]
     colours = [style.DARK] * len(rows)
     colours[-1] = style.ALGORITHMS["fpmd_plus_online"]
     figure, (panel,) = style.grid_of_panels(1, 0.4 + 0.3 * len(rows))
     style.draw_rows(panel, rows, list(rungs), colours)
-    low, high = np.concatenate(rows).min(), np.concatenate(rows).max()
+    low, high = min(map(min, rows)), max(map(max, rows))
     margin = 0.1 * (high - low)
     panel.set_xlim(low - margin, high + margin)  # of the seeds: an interval may leave it
     panel.xaxis.set_major_formatter(style.with_commas)

@@ -29,13 +29,17 @@ def experiments(path: Path) -> dict:
     return found
 
 
-def cut_seeds(seeds: dict) -> dict:
-    """One experiment's runs {seed: rows}, all up to where the shortest of them ends."""
-    end = min(int(rows[-1]["global_step"]) for rows in seeds.values())
+def until(seeds: dict, end: int) -> dict:
+    """One experiment's runs {seed: rows} up to a step."""
     return {
         seed: [row for row in rows if int(row["global_step"]) <= end]
         for seed, rows in seeds.items()
     }
+
+
+def cut_seeds(seeds: dict) -> dict:
+    """One experiment's runs, all up to where the shortest of them ends."""
+    return until(seeds, min(int(rows[-1]["global_step"]) for rows in seeds.values()))
 
 
 def cut(found: dict) -> dict:
@@ -43,13 +47,7 @@ def cut(found: dict) -> dict:
     ends = defaultdict(list)
     for key, seeds in found.items():
         ends[key[:2]] += [int(rows[-1]["global_step"]) for rows in seeds.values()]
-    return {
-        key: {
-            seed: [row for row in rows if int(row["global_step"]) <= min(ends[key[:2]])]
-            for seed, rows in seeds.items()
-        }
-        for key, seeds in found.items()
-    }
+    return {key: until(seeds, min(ends[key[:2]])) for key, seeds in found.items()}
 
 
 def curve(rows: list[dict], mode: str) -> tuple[list[int], list[float]]:
