@@ -1,11 +1,14 @@
 """Two doors, one hidden: what policies with one mode and with two can earn there."""
 
 import math
+from benchmark import soft_targets
+from types import SimpleNamespace
 
 import door_envs
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 EPISODES = 4_000
 
@@ -52,3 +55,43 @@ def test_no_gaussian_passes_both_doors_often(squash, expected):
             rates = (hit(door, mean, std, squash) for door in door_envs.DOORS)
             best = max(best, sum(1 - (1 - rate) ** door_envs.TRIES for rate in rates) / 2)
     assert best == pytest.approx(expected, abs=1e-3)
+
+
+def test_soft_targets_divide_out_where_candidates_come_from():
+    """Nine candidates in ten lie at one door; targets are of exp(Q / lambda) all the same."""
+    agent = SimpleNamespace(q_std_within=torch.tensor(2.0))
+    args = SimpleNamespace(particle_temperature=0.5)  # lambda 1
+    rng = torch.Generator().manual_seed(0)
+    places = torch.where(torch.rand(100, 4_000, generator=rng) < 0.9, -0.5, 0.5)
+    candidates = places[..., None] + 0.01 * torch.randn(100, 4_000, 1, generator=rng)
+    for advantage in 0.0, 1.0:
+        scores = advantage * (places > 0)
+        actions, w = soft_targets.soft_targets(agent, candidates, scores, args, rng)
+        expected = 1 / (1 + math.exp(-advantage))
+        assert (actions > 0).float().mean().item() == pytest.approx(expected, abs=0.03)
+        assert (w == 1).all()
+
+
+def test_density_is_a_sum_of_gaussian_kernels():
+    actions = torch.tensor([0.0, 0.1, 0.9]).view(3, 1, 1)
+    at_zero = 1 + math.exp(-1 / 2) + math.exp(-81 / 2)
+    density = soft_targets.log_density(actions).exp()
+    assert density[0].item() == pytest.approx(at_zero, rel=1e-5)
+    assert density.shape == (3, 1)
+
+
+def test_soft_targets_train_as_a_script(tmp_path, monkeypatch):
+    """The command of docs/fpmd_plus_online.md, for a few updates; the function is the one used."""
+    flags = "--env-id door_envs:HiddenDoors-v0 --weight-mode particles --total-timesteps 40"
+    flags += " --learning-starts 20 --batch-size 8 --num-candidates 4 --hidden-dim 8 --utd 1"
+    flags += f" --eval-every 0 --no-compile --exp-name soft_targets --runs-dir {tmp_path}"
+    calls = []
+
+    def targets(agent, candidates, *rest):
+        calls.append(candidates.shape)
+        return soft_targets.soft_targets(agent, candidates, *rest)
+
+    monkeypatch.setattr(soft_targets.fpmd, "mirror_descent_targets", targets)
+    run_dir = soft_targets.fpmd.main(soft_targets.fpmd.parse_args(flags.split()))
+    assert (run_dir / "policy.pt").exists()
+    assert set(calls) == {(4, 8, 1)}

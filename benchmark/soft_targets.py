@@ -1,0 +1,46 @@
+"""FPMD-M with the target exp(Q / lambda) in place of pi_old exp(Q / lambda): it keeps equal modes.
+
+It differs from fpmd_meanflow_online.py in one function and has the same flags:
+
+    PYTHONPATH=tests python benchmark/soft_targets.py --env-id door_envs:HiddenDoors-v0 \
+        --exp-name soft_targets --weight-mode particles ...
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root
+import torch
+from torch import Generator, Tensor
+
+import fpmd_meanflow_online as fpmd
+
+BANDWIDTH = 0.1  # std of the kernels, in actions of [-1, 1]; a third of a door's width
+
+
+def log_density(actions: Tensor) -> Tensor:
+    """Of the law that actions (N, B, act_dim) were drawn from, at each: (N, B), up to a constant.
+
+    A kernel estimate, with a Gaussian around every action; too coarse for many dimensions.
+    """
+    squares = (actions[:, None] - actions).square().sum(-1)  # (N, N, B)
+    return (-squares / (2 * BANDWIDTH**2)).logsumexp(1)
+
+
+def soft_targets(
+    agent: fpmd.Agent, candidates: Tensor, scores: Tensor, args: fpmd.Args, rng: Generator
+) -> tuple[Tensor, Tensor]:
+    """A candidate (B, act_dim) of those (N, B, act_dim), as if drawn from exp(Q / lambda); 1 (B,).
+
+    Importance sampling: the density of the policy and its noise, which made them, is divided out.
+    """
+    q = scores / (agent.q_std_within * args.particle_temperature)  # (N, B)
+    p = (q - log_density(candidates.clamp(-1, 1))).softmax(0)
+    # of clocks with rates p, the i-th rings first with probability p_i
+    clocks = torch.empty_like(p).exponential_(generator=rng) / p
+    return fpmd.take(candidates, clocks.argmin(0)), torch.ones_like(p[0])
+
+
+if __name__ == "__main__":
+    fpmd.mirror_descent_targets = soft_targets
+    fpmd.cli()
