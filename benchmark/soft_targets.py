@@ -3,7 +3,7 @@
 It differs from fpmd_meanflow_online.py in one function and has the same flags:
 
     PYTHONPATH=tests python benchmark/soft_targets.py --env-id door_envs:HiddenDoors-v0 \
-        --exp-name soft_targets --weight-mode particles ...
+        --exp-name fpmd_meanflow_online_soft --weight-mode particles ...
 """
 
 import sys
