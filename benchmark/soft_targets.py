@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 import fpmd_meanflow_online as fpmd
 
+own_rules = fpmd.own_rules
 BANDWIDTH = 0.1  # std of the kernels, in actions of [-1, 1]; a third of a door's width
 
 
@@ -41,6 +42,13 @@ def soft_targets(
     return fpmd.take(candidates, clocks.argmin(0)), torch.ones_like(p[0])
 
 
+def rules_of_particles(args: fpmd.Args) -> list[tuple[bool, str]]:
+    """Those of the script, and that its other weights are not asked for."""
+    needed = "soft targets need --weight-mode particles"
+    return [*own_rules(args), (args.weight_mode == "particles", needed)]
+
+
 if __name__ == "__main__":
+    fpmd.own_rules = rules_of_particles
     fpmd.mirror_descent_targets = soft_targets
     fpmd.cli()

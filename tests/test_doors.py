@@ -80,6 +80,13 @@ def test_density_is_a_sum_of_gaussian_kernels():
     assert density.shape == (3, 1)
 
 
+def test_soft_targets_are_not_recorded_as_other_weights(capsys, monkeypatch):
+    monkeypatch.setattr(soft_targets.fpmd, "own_rules", soft_targets.rules_of_particles)
+    with pytest.raises(SystemExit):
+        soft_targets.fpmd.main(soft_targets.fpmd.parse_args([]))
+    assert "soft targets need --weight-mode particles" in capsys.readouterr().err
+
+
 def test_soft_targets_train_as_a_script(tmp_path, monkeypatch):
     """The command of docs/fpmd_plus_online.md, for a few updates; the function is the one used."""
     flags = "--env-id door_envs:HiddenDoors-v0 --weight-mode particles --total-timesteps 40"

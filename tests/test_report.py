@@ -10,6 +10,7 @@ from benchmark.report.figures_training import (
     draw_beside_sac,
     draw_climb,
     draw_from_pixels,
+    draw_two_doors,
     draw_variants,
     reached_by_all,
 )
@@ -523,6 +524,25 @@ def test_the_figure_from_pixels_has_a_line_for_the_blind(tmp_path, monkeypatch):
     assert (tmp_path / "x.png").stat().st_size > 5_000
     told = {text: height for height, text, _ in labels}
     assert told == {"one step": 60, "best of 8": 160, "one step, black pictures": 6}
+
+
+def test_the_figure_of_two_doors_is_of_one_step(tmp_path, monkeypatch):
+    """A line per setting, the mean of its seeds, between a Gaussian's bound and two modes'."""
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    ends = {("particles", 1): 0.4, ("particles", 2): 0.6, ("without density", 1): 0.9}
+    rows = [
+        RUN | {"setting": setting, "seed": seed, "mode": mode, "return_mean": value}
+        for (setting, seed), end in ends.items()
+        for mode, value in (("one_step", end), ("best_of_n", 0))
+    ]
+    write(tmp_path / "doors.csv", rows)
+    labels = []
+    monkeypatch.setattr(style, "label_ends", lambda panel, found, gap: labels.extend(found))
+    draw_two_doors(tmp_path / "doors.csv", tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 5_000
+    told = {text: height for height, text, _ in labels}
+    settings = {"particles (2)": 0.5, "without density (1)": 0.9}
+    assert told == settings | {"best Gaussian": 0.534, "two even modes": 0.9375}
 
 
 @pytest.fixture

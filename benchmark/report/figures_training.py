@@ -152,6 +152,28 @@ def draw_climb(path: Path, output: Path) -> None:
     style.save(figure, output)
 
 
+def draw_two_doors(path: Path, output: Path) -> None:
+    """Success of one step against steps, a line per setting; bounds as in tests/test_doors.py."""
+    runs = defaultdict(lambda: defaultdict(list))
+    for row in read(path):
+        runs[row["setting"]][row["seed"]].append(row)
+    figure, (panel,) = style.grid_of_panels(1, 2.6)
+    labels = []
+    colours = style.DARK, style.ALGORITHMS["fpmd_meanflow_online"]
+    for (setting, seeds), colour in zip(runs.items(), colours, strict=True):
+        steps, values = reached_by_all(seeds.values(), "one_step")
+        style.draw_seeds(panel, steps, values, colour)
+        labels.append((values.mean(0)[-1], f"{setting} ({len(seeds)})", colour))
+    for height, text in (0.534, "best Gaussian"), (0.9375, "two even modes"):
+        panel.axhline(height, color="0.5", ls=":", lw=1, zorder=0)
+        labels.append((height, text, "0.5"))
+    panel.set_ylim(0, 1)
+    finish(panel, labels, steps[-1])
+    panel.set(xlabel="environment steps, an update each", ylabel="success rate")
+    panel.yaxis.set_major_formatter("{x:.1f}")
+    style.save(figure, output)
+
+
 def draw_from_pixels(path: Path, output: Path) -> None:
     """Returns against agent steps: seen, one step and best of N, and one step blind."""
     colour = style.ALGORITHMS["fpmd_meanflow_online"]

@@ -16,6 +16,7 @@ from benchmark.report.figures_training import (
     draw_from_pixels,
     draw_learning_curves,
     draw_success_rates,
+    draw_two_doors,
     draw_variants,
 )
 from benchmark.report.tables_deploy import policies
@@ -45,6 +46,7 @@ TRAINING = {
         partial(training.screen, modes=("one_step", "best_of_n", "sampled")),
         "two_doors_cpu.csv",
     ),
+    "two-doors-soft": (training.screen, "two_doors_soft_cpu.csv"),
     "pixels-cpu": (training.from_pixels, "pixels_cpu.csv"),
     "pixels-screen": (partial(training.screen, step="agent step"), "pixels_screen_cpu.csv"),
     "compile-cpu": (training.ablation, "compile_cpu.csv"),
@@ -74,6 +76,7 @@ CURVES = {
     "plus_100k_cpu.png": (draw_beside_sac, "plus_100k_cpu.csv"),
     "plus_ingredients_cpu.png": (draw_variants, "plus_ingredients_cpu.csv"),
     "plus_climb_cpu.png": (draw_climb, "plus_climb_cpu.csv"),
+    "two_doors_soft_cpu.png": (draw_two_doors, "two_doors_soft_cpu.csv"),
     "pixels_cpu.png": (draw_from_pixels, "pixels_cpu.csv"),
     "mvp_online_cpu.png": (draw_learning_curves, "mvp_online_cpu.csv"),
     "offline_to_online_cpu.png": (draw_success_rates, "offline_to_online_cpu.csv"),
