@@ -10,12 +10,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root
-import torch
 from torch import Generator, Tensor
 
 import fpmd_meanflow_online as fpmd
 
-own_rules = fpmd.own_rules
+own_rules, mirror_descent_targets = fpmd.own_rules, fpmd.mirror_descent_targets  # as they are
 BANDWIDTH = 0.1  # std of the kernels, in actions of [-1, 1]; a third of a door's width
 
 
@@ -33,13 +32,11 @@ def soft_targets(
 ) -> tuple[Tensor, Tensor]:
     """A candidate (B, act_dim) of those (N, B, act_dim), as if drawn from exp(Q / lambda); 1 (B,).
 
-    Importance sampling: the density of the policy and its noise, which made them, is divided out.
+    Importance sampling: Q - lambda log p in place of Q divides by p, the candidates' density.
     """
-    q = scores / (agent.q_std_within * args.particle_temperature)  # (N, B)
-    p = (q - log_density(candidates.clamp(-1, 1))).softmax(0)
-    # of clocks with rates p, the i-th rings first with probability p_i
-    clocks = torch.empty_like(p).exponential_(generator=rng) / p
-    return fpmd.take(candidates, clocks.argmin(0)), torch.ones_like(p[0])
+    temperature = agent.q_std_within * args.particle_temperature  # lambda
+    soft_scores = scores - temperature * log_density(candidates.clamp(-1, 1))
+    return mirror_descent_targets(agent, candidates, soft_scores, args, rng)
 
 
 def rules_of_particles(args: fpmd.Args) -> list[tuple[bool, str]]:

@@ -57,17 +57,18 @@ def test_no_gaussian_passes_both_doors_often(squash, expected):
     assert best == pytest.approx(expected, abs=1e-3)
 
 
-def test_soft_targets_divide_out_where_candidates_come_from():
+@pytest.mark.parametrize("temperature", [1, 2])
+def test_soft_targets_divide_out_where_candidates_come_from(temperature):
     """Nine candidates in ten lie at one door; targets are of exp(Q / lambda) all the same."""
     agent = SimpleNamespace(q_std_within=torch.tensor(2.0))
-    args = SimpleNamespace(particle_temperature=0.5)  # lambda 1
+    args = SimpleNamespace(weight_mode="particles", particle_temperature=temperature / 2)
     rng = torch.Generator().manual_seed(0)
     places = torch.where(torch.rand(100, 4_000, generator=rng) < 0.9, -0.5, 0.5)
     candidates = places[..., None] + 0.01 * torch.randn(100, 4_000, 1, generator=rng)
     for advantage in 0.0, 1.0:
         scores = advantage * (places > 0)
         actions, w = soft_targets.soft_targets(agent, candidates, scores, args, rng)
-        expected = 1 / (1 + math.exp(-advantage))
+        expected = 1 / (1 + math.exp(-advantage / temperature))
         assert (actions > 0).float().mean().item() == pytest.approx(expected, abs=0.03)
         assert (w == 1).all()
 

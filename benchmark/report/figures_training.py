@@ -37,6 +37,12 @@ def finish(panel, labels: list[tuple], last_step: int) -> None:
     panel.grid(axis="y")
 
 
+def draw_level(panel, height: float, text: str) -> tuple[float, str, str]:
+    """A dotted line to compare curves with, and its label for finish."""
+    panel.axhline(height, color="0.5", ls=":", lw=1, zorder=0)
+    return height, text, "0.5"
+
+
 def reached_by_all(runs: Iterable[list[dict]], mode: str) -> tuple[list[int], np.ndarray]:
     """The steps at which every run was evaluated in a mode, and their returns (seeds, steps)."""
     curves = [dict(zip(*curve(run, mode), strict=True)) for run in runs]
@@ -63,8 +69,7 @@ def draw_learning_curves(path: Path, output: Path) -> None:
         for policy, text in ("zero", "zero action"), ("random", "random"):
             if (env_id, policy) in reference:
                 height = reference[env_id, policy]
-                panel.axhline(height, color="0.5", ls=":", lw=1, zorder=0)
-                labels.append((height, text, "0.5"))
+                labels.append(draw_level(panel, height, text))
         finish(panel, labels, steps[-1])
         count = f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
         setting = f"N = {end['num_candidates']}, T = {end['nfe']}, {count}"
@@ -98,8 +103,7 @@ def draw_beside_sac(path: Path, output: Path) -> None:
         for row in read(PUBLISHED_100K):
             if row["env"] == env_id and row["method"] in ("SAC", "CrossQ"):
                 height = float(row["return_mean"])
-                panel.axhline(height, color="0.5", ls=":", lw=1, zorder=0)
-                labels.append((height, f"{row['method']}, published", "0.5"))
+                labels.append(draw_level(panel, height, f"{row['method']}, published"))
         finish(panel, labels, 100_000)
         panel.set_title(env_id)
     figure.supxlabel("environment steps, an update each", fontsize="medium")
@@ -165,8 +169,7 @@ def draw_two_doors(path: Path, output: Path) -> None:
         style.draw_seeds(panel, steps, values, colour)
         labels.append((values.mean(0)[-1], f"{setting} ({len(seeds)})", colour))
     for height, text in (0.534, "best Gaussian"), (0.9375, "two even modes"):
-        panel.axhline(height, color="0.5", ls=":", lw=1, zorder=0)
-        labels.append((height, text, "0.5"))
+        labels.append(draw_level(panel, height, text))
     panel.set_ylim(0, 1)
     finish(panel, labels, steps[-1])
     panel.set(xlabel="environment steps, an update each", ylabel="success rate")
