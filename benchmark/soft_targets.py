@@ -33,6 +33,7 @@ def soft_targets(
     """A candidate (B, act_dim) of those (N, B, act_dim), as if drawn from exp(Q / lambda); 1 (B,).
 
     Importance sampling: Q - lambda log p in place of Q divides by p, the candidates' density.
+    The metric policy/ess stays that of the weights without it.
     """
     temperature = agent.q_std_within * args.particle_temperature  # lambda
     soft_scores = scores - temperature * log_density(candidates.clamp(-1, 1))

@@ -675,6 +675,19 @@ def test_a_screen_of_several_modes_says_who_acts(tmp_path):
     assert both[-1].startswith("Mean return in 2 episodes, by agent step.")
 
 
+def test_rates_of_success_have_two_decimals(tmp_path):
+    known = {"env_id": "a-task", "setting": "fast", "seed": 1, "returns": "0 1", "mode": "one_step"}
+    known |= {"device": "a CPU", "threads": 1, "torch": "2.13.0", "commit": "0" * 40}
+    returns = {1000: 0, 2000: 0.534, 3000: 1}
+    rows = [known | {"global_step": step, "return_mean": returns[step]} for step in returns]
+    write(tmp_path / "screen.csv", rows)
+    table = tables_training.screen(tmp_path / "screen.csv").splitlines()
+    assert table[2] == "| a-task | fast | 1 | 0.00 | 0.53 | 1.00 | `0000000` |"
+    write(tmp_path / "screen.csv", [*rows, known | {"global_step": 4000, "return_mean": -2}])
+    table = tables_training.screen(tmp_path / "screen.csv").splitlines()
+    assert table[2] == "| a-task | fast | 1 | 0.0 | 0.5 | 1.0 | -2.0 | `0000000` |"
+
+
 # ---------------------------------------------------------------------------- collect.py
 
 

@@ -320,6 +320,8 @@ def screen(path: Path, step: str = "environment step", modes=("one_step",)) -> s
     """Returns of short runs as they went, a row per task, setting and mode."""
     rows, several = [row for row in fmt.read(path) if row["mode"] in modes], len(modes) > 1
     steps = sorted({int(row["global_step"]) for row in rows})
+    are_rates = all(0 <= float(row["return_mean"]) <= 1 for row in rows)
+    number = "{:.2f}".format if are_rates else fmt.number
     runs = defaultdict(list)
     for row in rows:
         key = row["env_id"], row["setting"], row["commit"], row["seed"], row["mode"]
@@ -330,7 +332,7 @@ def screen(path: Path, step: str = "environment step", modes=("one_step",)) -> s
         line = {"task": env_id, "setting": setting, "seed": seed}
         if several:
             line["acts by"] = mode.replace("_", " ")
-        line |= {f"{s / 1000:g}k": fmt.number(returns[s]) if s in returns else "-" for s in steps}
+        line |= {f"{s / 1000:g}k": number(returns[s]) if s in returns else "-" for s in steps}
         table.append(line | {"commit": f"`{commit[:7]}`"})
     episodes = {len(row["returns"].split()) for row in rows}
     of = "" if several else " of one step"
