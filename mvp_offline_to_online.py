@@ -4,7 +4,7 @@ Policy and losses are those of mvp_online.py, which is the better one to start r
 Three things differ. A dataset of a sparse-reward task fills the replay buffer before anything is
 collected. The policy plans a chunk of h = 5 actions that is executed open loop. It imitates what
 the buffer holds. Of N = 32 planned chunks the critics' favourite is executed and makes the h-step
-TD target. What a chunk holds from after the end of its episode counts for nothing.
+TD target. What a chunk holds from after the end of its episode is in no sum.
 Below, e ~ N(0, I), z_t = (1 - t) e + t a, v = a - e for a chunk a of the buffer, Q is the mean of
 two critics, and Q' that of the target critics.
 
@@ -105,7 +105,7 @@ class Args:
     ivc_coef: float = 1.0  # lambda, weight of the constraint (IVC)
     imitation_target: Literal["best_of_n", "replay"] = "replay"  # a: TD action, or the buffer's
     prior_std: float = 1.0  # std of e when sampling; 1 in the loss
-    noise_scale: float = 0.0  # std of exploration noise
+    noise_scale: float = 0.0  # std of candidates' noise, in acting and learning
     reward_scale: float = 1.0  # rewards are multiplied by this
     critic_lr: float = 3e-4  # Adam step size of the critics
     policy_lr: float = 3e-4  # Adam step size of the policy

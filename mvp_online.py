@@ -99,7 +99,7 @@ class Args:
     ivc_coef: float = 1.0  # lambda, weight of the constraint (IVC)
     imitation_target: Literal["best_of_n", "replay"] = "best_of_n"  # a*: TD action, or replayed one
     prior_std: float = 1.0  # std of e when sampling; 1 in the loss
-    noise_scale: float = 0.0  # std of exploration noise
+    noise_scale: float = 0.0  # std of candidates' noise, in acting and learning
     reward_scale: float = 1.0  # rewards are multiplied by this
     critic_lr: float = 3e-4  # Adam step size of the critics
     policy_lr: float = 3e-4  # Adam step size of the policy

@@ -110,7 +110,7 @@ class Args:
     reward_scale: float = 0.2  # rewards are multiplied by this
     normalize_rewards: bool = False  # and divided by a running scale of discounted returns
     num_atoms: int = 1  # K of a return's distribution (C51), 1: its mean alone, squared error
-    v_max: float = 5.0  # atoms lie in [-v_max, v_max], in which normalised returns fit
+    v_max: float = 5.0  # atoms lie in [-v_max, v_max]: returns fit, entropy bonuses may not
     critic_batch_norm: bool = False  # BatchNorm in the critics, and no target networks (CrossQ)
     tanh_correction: bool = True  # log pi is the action's, or that of u, as FPMD's authors do
     log_std_range: tuple[float, float] = (-20.0, 0.5)  # log std is clipped to this

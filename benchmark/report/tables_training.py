@@ -311,7 +311,8 @@ def alphas(path: Path) -> str:
         "Means over the last tenth of the offline updates, one seed: Q of the data's actions; "
         "squared distance of one-step actions to the data's; share of coordinates beyond the "
         "bounds before the clip; std over candidates. With `--normalize-q`, alpha times mean |Q| "
-        f"is the alpha that would do the same without. Commit {fmt.commits(rows)}."
+        "is the alpha of the same balance of imitation and Q; the penalty at the bounds weighs "
+        f"mean |Q| times more than without. Commit {fmt.commits(rows)}."
     )
     return table_with_note(table, note)
 
@@ -368,7 +369,8 @@ def at_100k(path: Path) -> str:
     note = (
         f"The evaluation at {at} steps, an update per step, or two at UTD 2. ± Student's 95% "
         "interval of the mean; in brackets the seeds. In bold our runs, one step (SAC: the mean "
-        f"action), 10 episodes: {fmt.made_with(rows)} The others from the files of their authors."
+        f"action), 10 episodes: {fmt.made_with(rows)} The others are recomputed from result files: "
+        "SAC, CrossQ, BRO, Simba and SimbaV2 from SimbaV2's repository, the rest their authors'."
     )
     return table_with_note(table, note)
 
