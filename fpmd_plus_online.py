@@ -249,7 +249,7 @@ class RewardScale(nn.Module):
         self.squares += (shift * (self.returns - self.mean)).sum()
         self.largest.copy_(torch.maximum(self.largest, self.returns.abs().max()))
         std = (self.squares / self.count).sqrt()
-        self.scale.copy_(torch.maximum(std, self.largest / args.v_max).clamp(min=1e-6))
+        self.scale.copy_(torch.maximum(std, self.largest / args.v_max).clamp(min=1e-15))
         self.returns[torch.as_tensor(ended, device=device)] = 0
 
 
@@ -1502,14 +1502,11 @@ def own_rules(args: Args) -> list[tuple[bool, str]]:
     reach = f"--target-kl must be below the log of --num-candidates, {kl_limit:.2f}"
     return [
         (args.num_atoms != 2, "--num-atoms 2 is too few: 1, or at least 3"),
+        (args.num_candidates > 1, "--num-candidates 1 leaves nothing to choose from"),
         (args.target_kl < kl_limit or not steered, reach),
         (steered or usual, "--target-kl does nothing with --temperature-rate 0"),
         (args.temperature_init >= 1e-3, "--temperature-init must be at least 0.001"),
         (choice, "--noise-scale 0 leaves --imitation regression nothing to choose from"),
-        (
-            args.num_candidates > 1 or args.td_action == "sample",
-            "--td-action best needs --num-candidates 2",
-        ),
         (scaled, "--v-max does nothing without --num-atoms or --normalize-rewards"),
         *rules,
         (updates >= 1, "--utd gives no update; raise it or --total-timesteps"),

@@ -239,7 +239,7 @@ class RewardScale(nn.Module):
         self.squares += (shift * (self.returns - self.mean)).sum()
         self.largest.copy_(torch.maximum(self.largest, self.returns.abs().max()))
         std = (self.squares / self.count).sqrt()
-        self.scale.copy_(torch.maximum(std, self.largest / args.v_max).clamp(min=1e-6))
+        self.scale.copy_(torch.maximum(std, self.largest / args.v_max).clamp(min=1e-15))
         self.returns[torch.as_tensor(ended, device=device)] = 0
 
 
@@ -384,7 +384,8 @@ def update_critic(
     loss.backward()
     for _ in range(args.critic_steps):
         agent.optimizers["critic"].step()
-    return {"losses/critic_loss": loss.detach(), "losses/q_values": q.mean()}
+    q_values = q.mean() * agent.reward_scale.scale  # in the environment's rewards
+    return {"losses/critic_loss": loss.detach(), "losses/q_values": q_values}
 
 
 def update_policy(agent: Agent, obs, e: Tensor, alpha: Tensor, args: Args, loss_fn) -> dict:
@@ -418,7 +419,8 @@ def update(agent, batch: dict, args: Args, rng, _improve_policy=True, losses=Non
     update_alpha(agent, metrics["policy/entropy"], args)
     if not args.critic_batch_norm:
         move_towards(agent.target_critic, agent.critic, args.tau)
-    return metrics | {"policy/alpha": alpha}
+    scale = agent.reward_scale.scale.clone()
+    return metrics | {"policy/alpha": alpha, "charts/reward_scale": scale}
 
 
 def prepare_update(_agent: Agent, _args: Args) -> bool:
@@ -1430,7 +1432,7 @@ def load(path: str, name: str) -> tuple[Path, dict]:
 
 # what update returns, and so the columns of metrics.csv
 METRICS = "losses/critic_loss", "losses/q_values", "losses/policy_loss"
-METRICS += "policy/entropy", "policy/alpha"
+METRICS += "policy/entropy", "policy/alpha", "charts/reward_scale"
 ALGORITHM = __doc__.partition(":")[0]  # of whom a file is, whatever the script is called
 MAY_BE_ZERO = {"seed", "eval_every", "checkpoint_every", "torch_threads", "adam_beta1"}
 AT_MOST = {"gamma": 1, "tau": 1, "num_atoms": 1_001, "adam_beta1": 0.999}

@@ -60,10 +60,7 @@ def run_dirs_in(source: Path) -> list[Path]:
     """The folder itself, or the runs in it if it is a launcher's or holds several of those."""
     if (source / "args.json").exists():
         return [source]
-    found = []
-    for depth in "*", "*/*", "*/*/*":  # a folder of runs, of a campaign's jobs, of campaigns
-        found += [path.parent for path in source.glob(f"{depth}/args.json")]
-    return sorted(found) or [source]
+    return sorted(path.parent for path in source.rglob("args.json")) or [source]
 
 
 def all_run_dirs(sources: list[Path]) -> list[Path]:

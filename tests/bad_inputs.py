@@ -250,7 +250,6 @@ def string_cases(name: str) -> Iterator[Case]:
         unused = ["--weight-mode", "none", "--temperature", "1"]
         add.append(("a third without effect", unused, ["--temperature"]))
     if "td_action" in names:
-        alone = ["--num-candidates", "1", "--weights", "best", "--target-kl", "1"]
         mean = ["--num-atoms", "1", "--no-normalize-rewards", "--v-max", "6"]
         add += [
             ("a KL out of reach", ["--target-kl", "0.7"], ["--target-kl"]),
@@ -258,7 +257,7 @@ def string_cases(name: str) -> Iterator[Case]:
             ("a fixed KL", ["--temperature-rate", "0"], ["--target-kl"]),
             ("two atoms", ["--num-atoms", "2"], ["--num-atoms"]),
             ("atoms without effect", mean, ["--v-max"]),
-            ("the best of one", [*alone, "--td-action", "best"], ["--td-action"]),
+            ("a choice of one", ["--num-candidates", "1"], ["--num-candidates"]),
             ("candidates all alike", ["--noise-scale", "0"], ["--noise-scale"]),
         ]
     devices = "tpu9", "cuda:7", "cuda", "hpu", "meta", "mps", "xpu", "cpu:banana", "cuda:-1", "CPU"

@@ -254,16 +254,21 @@ def test_sac_with_batch_norm_needs_no_target_critics():
 
 
 def test_sac_learns_from_rewards_divided_by_their_scale():
-    """An update with scale 4 is one without on quarter rewards."""
-    after = []
+    """An update with scale 4 is one without on quarter rewards; Q is logged in raw ones."""
+    after, metrics = [], []
     for scale, factor in (4.0, 1.0), (1.0, 0.25):
         agent, args = make_agent(sac, num_atoms=11, normalize_rewards=True)
         agent.reward_scale.scale.fill_(scale)
         batch = make_batch()
         batch["rewards"] = factor * batch["rewards"]
-        sac.update(agent, batch, args, rng(), True)
+        metrics.append(sac.update(agent, batch, args, rng(), True))
         after.append(torch.cat([x.flatten() for x in agent.critic.parameters()]))
     torch.testing.assert_close(*after)
+    logged, divided = metrics
+    torch.testing.assert_close(logged["losses/q_values"], 4 * divided["losses/q_values"])
+    assert logged["charts/reward_scale"].item() == 4
+    agent.reward_scale.scale.fill_(7.0)
+    assert divided["charts/reward_scale"].item() == 1, "the log's number is the agent's own tensor"
     assert not torch.equal(
         after[0], torch.cat([x.flatten() for x in agent.target_critic.parameters()])
     )

@@ -175,11 +175,8 @@ REFUSED_BY_PLUS = [
     ("--temperature-rate 0", "--target-kl does nothing with --temperature-rate 0"),
     *[(f"--weights best --target-kl 1 --{x}", "unless --weights is softmax") for x in STEERS],
     ("--noise-scale 0", "--noise-scale 0 leaves --imitation regression nothing"),
-    ("--num-candidates 1", "--target-kl must be below the log of --num-candidates, 0.00"),
-    (
-        "--num-candidates 1 --weights best --target-kl 1 --td-action best",
-        "--td-action best needs --num-candidates 2",
-    ),
+    ("--num-candidates 1", "--num-candidates 1 leaves nothing to choose from"),
+    ("--num-candidates 1 --weights best --target-kl 1", "leaves nothing to choose from"),
     ("--num-atoms 1 --no-normalize-rewards --v-max 6", "--v-max does nothing"),
 ]
 

@@ -229,7 +229,7 @@ def test_environments_with_pictures_are_tried_with_their_arguments(tmp_path):
         command = [sys.executable, ROOT / "benchmark/launch/launch.py", "--dry-run"]
         command += ["--name", "blind", "--scripts", "fpmd_pixels_online", "--seeds", "1"]
         command += ["--envs", "pixel_envs:Blind-v0", f"--flags={flags}{more}"]
-        env = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+        env = os.environ | {"PYTHONPATH": os.path.relpath(ROOT / "tests", tmp_path)}
         ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert ended.returncode == status, ended.stderr
 

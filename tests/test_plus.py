@@ -328,13 +328,15 @@ def test_reward_scale_against_numpy(num_envs, mean, gamma):
 def test_either_term_of_the_scale_can_win():
     """A rare large return against an even spread; no reward at all must not divide by zero."""
     args = plus.Args()
-    rare, even, none = (plus.RewardScale(args) for _ in range(3))
+    rare, even, none, tiny = (plus.RewardScale(args) for _ in range(4))
     for step in range(1_000):
         rare.observe(np.array([100.0 * (step == 500)]), np.array([True]), args)
         even.observe(np.array([(-1.0) ** step]), np.array([True]), args)
         none.observe(np.zeros(1), np.array([False]), args)
+        tiny.observe(np.array([1e-9 * (-1) ** step]), np.array([True]), args)
     assert rare.scale.item() == pytest.approx(100 / 5) and even.scale.item() == pytest.approx(1)
-    assert none.scale.item() == pytest.approx(1e-6)
+    assert none.scale.item() == pytest.approx(1e-15)
+    assert tiny.scale.item() == pytest.approx(1e-9)
     fixed = replace(args, normalize_rewards=False)
     unused = plus.RewardScale(fixed)
     unused.observe(np.array([100.0]), np.array([True]), fixed)

@@ -12,6 +12,7 @@ has finished, done.json. The evaluations of all jobs become benchmark/results/ca
 Exit status: 0 all finished, 1 a job keeps failing, 2 bad input, 130 or 143 stopped by a signal.
 """
 
+import os
 import shlex
 import signal
 import sys
@@ -166,10 +167,18 @@ def conclude(jobs: list[Job], campaign: Campaign, view: View, stop: list[int]) -
     return int(bool(failed or wrong))
 
 
+def make_search_path_absolute() -> None:
+    """Jobs run in folders of their own: PYTHONPATH=tests must mean the same folder there."""
+    if given := os.environ.get("PYTHONPATH"):
+        entries = map(os.path.abspath, given.split(os.pathsep))
+        os.environ["PYTHONPATH"] = os.pathsep.join(entries)
+
+
 def main() -> int:
     if sys.argv[1:2] == ["--start"] and "".join(sys.argv[2:3]).isdecimal():  # by attempt.spawn
         attempt.start(int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
     campaign, dry_run = read_command_line(__doc__)
+    make_search_path_absolute()
     jobs = plan(campaign)
     if not dry_run:
         return run(jobs, campaign)
