@@ -40,7 +40,7 @@ def critic_alone(script):
     if script.__name__ == "sac_online":
         return {"alpha_init": 1e-4}
     if script.__name__ == "fpmd_plus_online":
-        return {"num_candidates": 1, "weights": "best", "target_kl": 1.0}
+        return {"num_candidates": 2, "weights": "best", "target_kl": 1.0}
     return {"num_candidates": 1, "flow_steps": 1}
 
 
