@@ -110,6 +110,9 @@ def test_a_folder_of_runs_stands_for_all_in_it(tmp_path):
     for folder in "runs", "runs/try":
         (found,) = series([tmp_path / folder])
         assert len(found.curves) == 2
+    make_run(tmp_path / "runs/of/a/friend/deeper", "mvp_online", "Ant-v4", 3, [1])
+    (found,) = series([tmp_path / "runs"])
+    assert len(found.curves) == 3, "a run deeper than others was left out without a word"
 
 
 def test_what_tells_settings_apart_is_in_the_legend(tmp_path):
