@@ -46,7 +46,13 @@ def rules_of_particles(args: fpmd.Args) -> list[tuple[bool, str]]:
     return [*own_rules(args), (args.weight_mode == "particles", needed)]
 
 
-if __name__ == "__main__":
+def change_the_script() -> None:
+    """Put soft targets into FPMD-M, and a name of their own into the files that runs write."""
+    fpmd.ALGORITHM = "FPMD-M with soft targets"
     fpmd.own_rules = rules_of_particles
     fpmd.mirror_descent_targets = soft_targets
+
+
+if __name__ == "__main__":
+    change_the_script()
     fpmd.cli()

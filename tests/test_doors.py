@@ -81,14 +81,22 @@ def test_density_is_a_sum_of_gaussian_kernels():
     assert density.shape == (3, 1)
 
 
-def test_soft_targets_are_not_recorded_as_other_weights(capsys, monkeypatch):
-    monkeypatch.setattr(soft_targets.fpmd, "own_rules", soft_targets.rules_of_particles)
+@pytest.fixture
+def changed(monkeypatch):
+    """FPMD-M as benchmark/soft_targets.py changes it, for one test."""
+    for name in "ALGORITHM", "own_rules", "mirror_descent_targets":
+        monkeypatch.setattr(soft_targets.fpmd, name, getattr(soft_targets.fpmd, name))
+    soft_targets.change_the_script()
+    return soft_targets.fpmd
+
+
+def test_soft_targets_are_not_recorded_as_other_weights(capsys, changed):
     with pytest.raises(SystemExit):
         soft_targets.fpmd.main(soft_targets.fpmd.parse_args([]))
     assert "soft targets need --weight-mode particles" in capsys.readouterr().err
 
 
-def test_soft_targets_train_as_a_script(tmp_path, monkeypatch):
+def test_soft_targets_train_as_a_script(tmp_path, changed, monkeypatch, capsys):
     """The command of docs/fpmd_plus_online.md, for a few updates; the function is the one used."""
     flags = "--env-id door_envs:HiddenDoors-v0 --weight-mode particles --total-timesteps 40"
     flags += " --learning-starts 20 --batch-size 8 --num-candidates 4 --hidden-dim 8 --utd 1"
@@ -100,7 +108,13 @@ def test_soft_targets_train_as_a_script(tmp_path, monkeypatch):
         calls.append(candidates.shape)
         return soft_targets.soft_targets(agent, candidates, *rest)
 
-    monkeypatch.setattr(soft_targets.fpmd, "mirror_descent_targets", targets)
-    run_dir = soft_targets.fpmd.main(soft_targets.fpmd.parse_args(flags.split()))
+    assert changed.mirror_descent_targets is soft_targets.soft_targets
+    monkeypatch.setattr(changed, "mirror_descent_targets", targets)
+    run_dir = changed.main(changed.parse_args(flags.split()))
     assert (run_dir / "policy.pt").exists()
     assert set(calls) == {(4, 8, 1)}
+    # the script itself would go on with its own targets
+    monkeypatch.undo()
+    with pytest.raises(SystemExit):
+        changed.parse_args(["--resume", str(run_dir)])
+    assert "it is of FPMD-M with soft targets, not FPMD-M" in capsys.readouterr().err

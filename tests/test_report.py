@@ -693,7 +693,7 @@ def test_rates_of_success_have_two_decimals(tmp_path):
 
 def test_runs_become_tidy_rows(tmp_path):
     changed = {"num_candidates": 8, "compile": False, "policy_lr": [1e-4, 1e-5], "device": "cpu"}
-    changed["exp_name"] = "fpmd_online_variant"  # still a run of fpmd_online.py
+    changed["exp_name"] = "fpmd_online_variant"  # of fpmd_online.py, or of a changed copy
     changed["env_kwargs"] = '{"exclude": true}'
     first = write_run(tmp_path, "Walker2d-v4", 2, [1, 2], [3, 4], **changed)
     second = write_run(tmp_path, "Ant-v4", 10, [5], [6], runs_dir="elsewhere", torch_threads=2)
@@ -723,7 +723,7 @@ def test_runs_become_tidy_rows(tmp_path):
     assert {row["flags"] for row in rows[:4]} == {""}
     # as a shell takes it
     words = """--env-kwargs '{"exclude": true}' --num-candidates 8 --policy-lr 0.0001 1e-05"""
-    assert rows[4]["flags"] == f"{words} --no-compile"
+    assert rows[4]["flags"] == f"--exp-name fpmd_online_variant {words} --no-compile"
     assert rows[7] == {
         "algorithm": "fpmd_online", "env_id": "Walker2d-v4", "seed": "2",
         "global_step": "2000", "updates": "400", "wall_time": "3600.0",

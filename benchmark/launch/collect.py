@@ -1,7 +1,8 @@
 """Gather the evaluations of training runs in one tidy CSV, a row per evaluation and mode.
 
 Run directories may be finished or still growing. The same directories give the same file, in
-whatever order they are named. The flags column holds what differs from the script's defaults.
+whatever order they are named. The flags column holds what differs from the script's defaults, a
+name of one's own (--exp-name) included: that tells a changed copy from the script.
 A folder of them, or of a campaign's jobs, stands for all in it.
 CSVs that this wrote elsewhere may stand among the directories: so machines share a campaign.
 
@@ -9,6 +10,7 @@ CSVs that this wrote elsewhere may stand among the directories: so machines shar
     python benchmark/launch/collect.py a.csv b.csv --output benchmark/results/campaign_cpu.csv
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -42,8 +44,10 @@ def read_run(run_dir: Path) -> list[dict]:
     if script is None:
         fail(f"{run_dir}: --exp-name {args['exp_name']} begins with the name of no script")
     own = {"algorithm": script.stem, "env_id": args["env_id"], "seed": args["seed"]}
+    # somebody's own name may be that of a changed copy, no further seed of the script
+    renamed = ["--exp-name", args["exp_name"]] if args["exp_name"] != script.stem else []
     setting = {
-        "flags": flags(args, script),
+        "flags": f"{shlex.join(renamed)} {flags(args, script)}".strip(),
         "utd": args.get("utd", ""),
         "total_timesteps": args["total_timesteps"],
     }
