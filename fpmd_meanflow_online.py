@@ -457,7 +457,6 @@ class ReplayBuffer:
         self.shapes |= {"next_obs": (obs_dim,), "terminations": ()}
         width = sum(math.prod(shape) for shape in self.shapes.values())
         self.rows = torch.empty((capacity, width), device=device)  # a transition each
-        self.data = self.columns(self.rows)
         self.position = 0
         self.size = 0
 
@@ -836,14 +835,6 @@ def load_simulator(env_id: str) -> None:
         fail(f"{env_id} needs more: {cure} ({error})")
 
 
-def near_ids(env_id: str, error: BaseException) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4)
-    known = near and isinstance(error, gym.error.UnregisteredEnv)
-    return f" Ids near it: {', '.join(near)}" if known else ""
-
-
 def make_env(env_id: str, index: int = 0, film: bool = False, env_kwargs: str = "{}") -> gym.Env:
     """Flat float32 observations, actions (act_dim,) in [-1, 1]; other envs are refused."""
     gym.logger.min_level = gym.logger.ERROR + 1  # papers report the outdated v4
@@ -861,7 +852,7 @@ def make_env(env_id: str, index: int = 0, film: bool = False, env_kwargs: str = 
     try:
         env = gym.make(env_id, **options)
     except (Exception, SystemExit) as error:  # a module of others runs here
-        fail(f"cannot make {env_id!r}: {reason(error)}{near_ids(env_id, error)}")
+        fail(f"cannot make {env_id!r}: {reason(error)}")
     warnings.filterwarnings("ignore", ".*torch.jit.*")  # dm_control has turned all on
     if mujoco:
         mujoco.set_mju_user_warning(None)
@@ -1812,11 +1803,14 @@ class OneStepPolicy(nn.Module):
 def replay(args: Args, agent: Agent, envs) -> None:
     """--evaluate: episodes of a saved policy, as it is deployed."""
     file, saved = load(args.evaluate, "policy.pt")
+    bounds = torch.from_numpy(envs.action_bounds)
     if args.env_id != saved["args"].get("env_id", args.env_id):
         fail(f"{file} was trained on {saved['args']['env_id']}, not on {args.env_id}")
     try:
         ours = {"policy": agent.acting_policy.state_dict(), "global_step": 0}
         refuse_unlike(saved, saved | ours)
+        if not bounds.equal(saved.get("action_bounds", bounds)):
+            raise ValueError("its actions had other bounds")
         agent.acting_policy.load_state_dict(saved["policy"])
     except Exception as error:
         fail(f"{file} is not of this version or task: {reason(error)}")

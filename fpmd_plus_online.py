@@ -3,7 +3,7 @@
 FPMD-M's policy u, with critics that predict distributions Z of normalised returns (C51). BatchNorm
 stands in for target networks (CrossQ). An update perturbs the policy's own one-step action N
 times, weighs the results by a softmax of Q within the state, and moves the action to their mean.
-e, n_i ~ N(0, I); Z' is Z without gradients, in the same batch; critics see clip(a).
+e, n_i ~ N(0, I); Z' is Z without gradients; sigma: std of Q in a state; critics see clip(a).
 
     generate       z_1 = prior_std * e,  a(s, e) = z_1 - u(s, z_1, 0, 1)
     propose        a_i = clip(a(s, e)) + noise_scale n_i,  i = 1..N around one latent e
@@ -18,8 +18,7 @@ e, n_i ~ N(0, I); Z' is Z without gradients, in the same batch; critics see clip
 Four parts: 1 METHOD, 2 TRAINING, 3 PLUMBING, 4 SPEED. Stop after part 2, and you have read
 the algorithm end to end, from env.step to the optimizers.
 
-Sources: FPMD, https://arxiv.org/abs/2507.23675; C51, https://arxiv.org/abs/1707.06887; CrossQ,
-https://arxiv.org/abs/1902.05605; SimbaV2 (rewards), https://arxiv.org/abs/2502.15280
+Sources, on arXiv: FPMD, 2507.23675; C51, 1707.06887; CrossQ, 1902.05605; SimbaV2, 2502.15280
 """
 
 # /// script
@@ -104,7 +103,7 @@ class Args:
     td_action: Literal["sample", "best"] = "sample"  # a' in the TD target: first or best
     normalize_rewards: bool = True  # divide rewards by a running scale of discounted returns
     num_atoms: int = 101  # K of a return's distribution (C51), 1: its mean alone
-    v_max: float = 5.0  # atoms lie in [-v_max, v_max], in which normalised returns fit
+    v_max: float = 5.0  # atoms lie in [-v_max, v_max]; normalised returns are kept within
     critic_lr: float = 1e-3  # Adam step size of the critics
     policy_lr: float = 1e-3  # Adam step size of the policy
     adam_beta1: float = 0.5  # of Adam; 0.9 is usual
@@ -268,8 +267,8 @@ class Agent(nn.Module):
         self.to(device)
         self.device = device
         self.updates = 0
-        common = {"betas": (args.adam_beta1, 0.999), "fused": True}
-        adam = partial(torch.optim.Adam, capturable=device.type == "cuda", **common)
+        betas, on_gpu = (args.adam_beta1, 0.999), device.type == "cuda"
+        adam = partial(torch.optim.Adam, betas=betas, capturable=on_gpu, fused=True)
         self.optimizers = {
             "critic": adam(self.critic.parameters(), args.critic_lr),
             "policy": adam(self.policy.parameters(), args.policy_lr),
@@ -322,7 +321,7 @@ def act_best_of_n(agent: Agent, obs: Tensor, args: Args, rng: Generator) -> Tens
 
 @torch.no_grad()
 def act_explore(agent: Agent, obs: Tensor, args: Args, rng: Generator) -> Tensor:
-    """Best of the candidates that learning weighs."""
+    """Best of candidates drawn as in learning, but from the averaged policy."""
     candidates, _, _ = propose(agent.acting_policy, obs, args.noise_scale, args, rng)
     return select_action(agent.critic, obs, candidates.clamp(-1, 1))[0]
 
@@ -344,19 +343,19 @@ def critic_loss(critic, batch: dict, next_actions: Tensor, scale, args: Args):
     # one batch of both, so that BatchNorm has the same statistics for either
     obs = torch.cat([batch["obs"], batch["next_obs"]])
     actions = torch.cat([batch["actions"], next_actions])
-    logits, following = critic.logits(obs, actions).chunk(2, 1)  # (2, B, K) each
-    q, following = critic.mean(logits.detach()), following.detach()  # the target is a constant
-    smaller = critic.mean(following).argmin(0)  # (B,)
-    following = following.take_along_dim(smaller[None, :, None], 0).squeeze(0)  # (B, K)
+    logits, next_logits = critic.logits(obs, actions).chunk(2, 1)  # (2, B, K) each
+    q, next_logits = critic.mean(logits.detach()), next_logits.detach()  # a constant target
+    smaller = critic.mean(next_logits).argmin(0)  # (B,)
+    next_logits = next_logits.take_along_dim(smaller[None, :, None], 0)[0]  # (B, K)
     if args.num_atoms == 1:
-        y = rewards + bootstrap * following
+        y = rewards + bootstrap * next_logits
         return (logits - y).square().mean((1, 2)).sum(), q
-    y = project(following.softmax(-1), rewards + bootstrap * critic.atoms, critic.atoms)  # (B, K)
+    y = project(next_logits.softmax(-1), rewards + bootstrap * critic.atoms, critic.atoms)  # (B, K)
     return -(y * logits.log_softmax(-1)).sum(-1).mean(1).sum(), q
 
 
 def candidate_weights(agent: Agent, scores: Tensor, args: Args) -> Tensor:
-    """pi exp(Q / lambda), lambda in std of Q within a state: scores (N, B) -> w (N, B)."""
+    """Softmax of Q, lambda in std of Q within a state: scores (N, B) -> w (N, B)."""
     if args.weights == "best":
         return nn.functional.one_hot(scores.argmax(0), len(scores)).T.to(scores.dtype)
     sigma = scores.std(0, correction=0).mean().clamp(min=1e-6)
@@ -393,8 +392,10 @@ def update_critic(agent: Agent, batch: dict, next_actions, args: Args, loss_fn) 
     """Adam step of the critics; loss_fn is critic_loss, or that compiled."""
     scale = agent.reward_scale.scale
     agent.critic.train()
-    loss, q = loss_fn(agent.critic, batch, next_actions, scale, args)
-    agent.critic.eval()
+    try:
+        loss, q = loss_fn(agent.critic, batch, next_actions, scale, args)
+    finally:
+        agent.critic.eval()  # also where compiling failed
     agent.optimizers["critic"].zero_grad()
     loss.backward()
     agent.optimizers["critic"].step()
@@ -407,7 +408,7 @@ def update_policy(agent: Agent, obs, z, candidates, w, args: Args, rng, loss_fn)
     noise = torch.randn(candidates.shape[1:], generator=rng, device=obs.device)
     if args.imitation == "regression":  # on all of them, by their weights
         targets = (w[:, :, None] * candidates).sum(0)
-    else:  # of clocks with rates w, the i-th rings first with probability w_i
+    else:  # of exponential clocks with rates w, the i-th rings first with probability w_i
         clocks = torch.empty_like(w).exponential_(generator=rng) / w
         targets = take(candidates, clocks.argmin(0))
         z = z[0]
@@ -425,7 +426,7 @@ def update(agent, batch: dict, args: Args, rng, _improve_policy=True, losses=Non
     losses = losses or (critic_loss, policy_loss)
     # one generation at s', by the policy itself, serves the TD target and what is imitated
     with torch.no_grad():
-        # ranking needs Q to more than bfloat16's three digits
+        # generating alone: ranking needs Q to more than bfloat16's three digits
         with torch.autocast(rng.device.type, torch.bfloat16, args.precision == "bfloat16"):
             candidates, own, z = propose(agent.policy, obs, args.noise_scale, args, rng)
         clipped = candidates.clamp(-1, 1)  # what critics and environments see
@@ -457,7 +458,6 @@ class ReplayBuffer:
         self.shapes |= {"next_obs": (obs_dim,), "terminations": ()}
         width = sum(math.prod(shape) for shape in self.shapes.values())
         self.rows = torch.empty((capacity, width), device=device)  # a transition each
-        self.data = self.columns(self.rows)
         self.position = 0
         self.size = 0
 
@@ -836,14 +836,6 @@ def load_simulator(env_id: str) -> None:
         fail(f"{env_id} needs more: {cure} ({error})")
 
 
-def near_ids(env_id: str, error: BaseException) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4)
-    known = near and isinstance(error, gym.error.UnregisteredEnv)
-    return f" Ids near it: {', '.join(near)}" if known else ""
-
-
 def make_env(env_id: str, index: int = 0, film: bool = False, env_kwargs: str = "{}") -> gym.Env:
     """Flat float32 observations, actions (act_dim,) in [-1, 1]; other envs are refused."""
     gym.logger.min_level = gym.logger.ERROR + 1  # papers report the outdated v4
@@ -861,7 +853,7 @@ def make_env(env_id: str, index: int = 0, film: bool = False, env_kwargs: str = 
     try:
         env = gym.make(env_id, **options)
     except (Exception, SystemExit) as error:  # a module of others runs here
-        fail(f"cannot make {env_id!r}: {reason(error)}{near_ids(env_id, error)}")
+        fail(f"cannot make {env_id!r}: {reason(error)}")
     warnings.filterwarnings("ignore", ".*torch.jit.*")  # dm_control has turned all on
     if mujoco:
         mujoco.set_mju_user_warning(None)
@@ -1445,9 +1437,7 @@ def load(path: str, name: str) -> tuple[Path, dict]:
     return file, content
 
 
-def latent_spread(
-    policy: nn.Module, obs: Tensor, own: Tensor, args: Args, rng: Generator
-) -> Tensor:
+def latent_spread(policy, obs: Tensor, own: Tensor, args: Args, rng: Generator) -> Tensor:
     """Std of own actions (..., B, act_dim) over latents: half the squared distance to others."""
     z = args.prior_std * torch.randn(own.shape[-2:], generator=rng, device=obs.device)
     return ((own - generate(policy, obs, z)).square().mean() / 2).sqrt()
@@ -1463,9 +1453,8 @@ ALGORITHM = __doc__.partition(":")[0]  # of whom a file is, whatever the script 
 MAY_BE_ZERO = {"seed", "eval_every", "checkpoint_every", "torch_threads", "noise_scale"}
 MAY_BE_ZERO |= {"temperature_rate", "adam_beta1"}
 AT_MOST = {"gamma": 1, "tau": 1, "temperature_rate": 1, "temperature_init": 1_000}
-AT_MOST |= {"adam_beta1": 0.999}
 AT_MOST |= {"seed": 2**32 - 1, "num_envs": 10_000, "eval_episodes": 10_000}
-AT_MOST |= {"utd": 1_000, "torch_threads": 1_024}
+AT_MOST |= {"utd": 1_000, "torch_threads": 1_024, "adam_beta1": 0.999}
 RISING = set()
 # flags that do something only where another one has this value
 NEEDS = {"wandb_entity": ("track", True), "wandb_project_name": ("track", True)}
@@ -1498,6 +1487,7 @@ def own_rules(args: Args) -> list[tuple[bool, str]]:
     steered = args.weights == "softmax" and args.temperature_rate > 0
     choice = args.noise_scale > 0 or args.imitation == "meanflow"
     scaled = args.num_atoms > 1 or args.normalize_rewards or args.v_max == Args.v_max
+    held = args.num_atoms == 1 or args.normalize_rewards or args.v_max != Args.v_max
     usual = args.target_kl == Args.target_kl
     reach = f"--target-kl must be below the log of --num-candidates, {kl_limit:.2f}"
     return [
@@ -1508,6 +1498,7 @@ def own_rules(args: Args) -> list[tuple[bool, str]]:
         (args.temperature_init >= 1e-3, "--temperature-init must be at least 0.001"),
         (choice, "--noise-scale 0 leaves --imitation regression nothing to choose from"),
         (scaled, "--v-max does nothing without --num-atoms or --normalize-rewards"),
+        (held, "--no-normalize-rewards needs a --v-max that holds returns"),
         *rules,
         (updates >= 1, "--utd gives no update; raise it or --total-timesteps"),
     ]
@@ -1836,11 +1827,14 @@ class OneStepPolicy(nn.Module):
 def replay(args: Args, agent: Agent, envs) -> None:
     """--evaluate: episodes of a saved policy, as it is deployed."""
     file, saved = load(args.evaluate, "policy.pt")
+    bounds = torch.from_numpy(envs.action_bounds)
     if args.env_id != saved["args"].get("env_id", args.env_id):
         fail(f"{file} was trained on {saved['args']['env_id']}, not on {args.env_id}")
     try:
         ours = {"policy": agent.acting_policy.state_dict(), "global_step": 0}
         refuse_unlike(saved, saved | ours)
+        if not bounds.equal(saved.get("action_bounds", bounds)):
+            raise ValueError("its actions had other bounds")
         agent.acting_policy.load_state_dict(saved["policy"])
     except Exception as error:
         fail(f"{file} is not of this version or task: {reason(error)}")

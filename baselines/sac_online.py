@@ -110,7 +110,7 @@ class Args:
     reward_scale: float = 0.2  # rewards are multiplied by this
     normalize_rewards: bool = False  # and divided by a running scale of discounted returns
     num_atoms: int = 1  # K of a return's distribution (C51), 1: its mean alone, squared error
-    v_max: float = 5.0  # atoms lie in [-v_max, v_max]: returns fit, entropy bonuses may not
+    v_max: float = 5.0  # atoms lie in [-v_max, v_max]; bonuses of an alpha above 0.01 do not fit
     critic_batch_norm: bool = False  # BatchNorm in the critics, and no target networks (CrossQ)
     tanh_correction: bool = True  # log pi is the action's, or that of u, as FPMD's authors do
     log_std_range: tuple[float, float] = (-20.0, 0.5)  # log std is clipped to this
@@ -262,8 +262,8 @@ class Agent(nn.Module):
         self.device = device
         self.updates = 0
 
-        common = {"betas": (args.adam_beta1, 0.999), "fused": True}
-        adam = partial(torch.optim.Adam, capturable=device.type == "cuda", **common)
+        betas, on_gpu = (args.adam_beta1, 0.999), device.type == "cuda"
+        adam = partial(torch.optim.Adam, betas=betas, capturable=on_gpu, fused=True)
         self.optimizers = {
             "critic": adam(self.critic.parameters(), args.critic_lr),
             "policy": adam(self.policy.parameters(), args.policy_lr),
@@ -326,8 +326,8 @@ def logits_of_both(critic, target_critic, batch: dict, next_actions: Tensor, arg
     if args.critic_batch_norm:  # one batch of both, which has the same statistics for either
         obs = torch.cat([batch["obs"], batch["next_obs"]])
         actions = torch.cat([batch["actions"], next_actions])
-        logits, following = critic.logits(obs, actions).chunk(2, 1)
-        return logits, following.detach()
+        logits, next_logits = critic.logits(obs, actions).chunk(2, 1)
+        return logits, next_logits.detach()
     logits = critic.logits(batch["obs"], batch["actions"])
     with torch.no_grad():
         return logits, target_critic.logits(batch["next_obs"], next_actions)
@@ -341,16 +341,16 @@ def critic_loss(
     next_actions a' (B, act_dim) and their entropy bonus -alpha log pi(a'|s') (B,).
     """
     bootstrap = args.gamma * (1 - batch["terminations"][:, None])  # (B, 1)
-    logits, following = logits_of_both(critic, target_critic, batch, next_actions, args)
+    logits, next_logits = logits_of_both(critic, target_critic, batch, next_actions, args)
     q = critic.mean(logits.detach())
     with torch.no_grad():
         rewards = args.reward_scale * batch["rewards"][:, None]
-        smaller = critic.mean(following).argmin(0)  # (B,)
-        following = following.take_along_dim(smaller[None, :, None], 0).squeeze(0)  # (B, K)
-        values = following if args.num_atoms == 1 else critic.atoms
+        smaller = critic.mean(next_logits).argmin(0)  # (B,)
+        next_logits = next_logits.take_along_dim(smaller[None, :, None], 0)[0]  # (B, K)
+        values = next_logits if args.num_atoms == 1 else critic.atoms
         y = rewards + bootstrap * (values + bonus[:, None])  # (B, K)
         if args.num_atoms > 1:
-            y = project(following.softmax(-1), y, critic.atoms)
+            y = project(next_logits.softmax(-1), y, critic.atoms)
     if args.num_atoms == 1:
         return (logits - y).square().mean((1, 2)).sum(), q
     return -(y * logits.log_softmax(-1)).sum(-1).mean(1).sum(), q
@@ -378,13 +378,15 @@ def update_critic(
     """Adam steps of the critics on one gradient; SAC's authors take one."""
     batch = batch | {"rewards": batch["rewards"] / agent.reward_scale.scale}
     agent.critic.train()
-    loss, q = loss_fn(agent.critic, agent.target_critic, batch, next_actions, bonus, args)
-    agent.critic.eval()
+    try:
+        loss, q = loss_fn(agent.critic, agent.target_critic, batch, next_actions, bonus, args)
+    finally:
+        agent.critic.eval()  # also where compiling failed
     agent.optimizers["critic"].zero_grad()
     loss.backward()
     for _ in range(args.critic_steps):
         agent.optimizers["critic"].step()
-    q_values = q.mean() * agent.reward_scale.scale  # in the environment's rewards
+    q_values = q.mean() * agent.reward_scale.scale  # not normalised, but with the bonuses
     return {"losses/critic_loss": loss.detach(), "losses/q_values": q_values}
 
 
@@ -441,7 +443,6 @@ class ReplayBuffer:
         self.shapes |= {"next_obs": (obs_dim,), "terminations": ()}
         width = sum(math.prod(shape) for shape in self.shapes.values())
         self.rows = torch.empty((capacity, width), device=device)  # a transition each
-        self.data = self.columns(self.rows)
         self.position = 0
         self.size = 0
 
@@ -821,14 +822,6 @@ def load_simulator(env_id: str) -> None:
         fail(f"{env_id} needs more: {cure} ({error})")
 
 
-def near_ids(env_id: str, error: BaseException) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4)
-    known = near and isinstance(error, gym.error.UnregisteredEnv)
-    return f" Ids near it: {', '.join(near)}" if known else ""
-
-
 def make_env(env_id: str, index: int = 0, film: bool = False, env_kwargs: str = "{}") -> gym.Env:
     """Flat float32 observations, actions (act_dim,) in [-1, 1]; other envs are refused."""
     gym.logger.min_level = gym.logger.ERROR + 1  # papers report the outdated v4
@@ -846,7 +839,7 @@ def make_env(env_id: str, index: int = 0, film: bool = False, env_kwargs: str = 
     try:
         env = gym.make(env_id, **options)
     except (Exception, SystemExit) as error:  # a module of others runs here
-        fail(f"cannot make {env_id!r}: {reason(error)}{near_ids(env_id, error)}")
+        fail(f"cannot make {env_id!r}: {reason(error)}")
     warnings.filterwarnings("ignore", ".*torch.jit.*")  # dm_control has turned all on
     if mujoco:
         mujoco.set_mju_user_warning(None)
@@ -1460,13 +1453,17 @@ def own_rules(args: Args) -> list[tuple[bool, str]]:
         (getattr(args, name) <= getattr(args, limit), f"{flag(name)} must be at most {flag(limit)}")
         for name, limit in limits
     ]
+    scaled = args.num_atoms > 1 or args.normalize_rewards or args.v_max == Args.v_max
+    held = args.num_atoms == 1 or args.normalize_rewards or args.v_max != Args.v_max
     return [
         *rules,
         (updates >= 1, "--utd gives no update; raise it or --total-timesteps"),
         (args.num_atoms != 2, "--num-atoms 2 is too few: 1, or at least 3"),
+        (scaled, "--v-max does nothing without --num-atoms or --normalize-rewards"),
+        (held, "--num-atoms needs --normalize-rewards, or its own --v-max"),
         (
-            args.num_atoms > 1 or args.normalize_rewards or args.v_max == Args.v_max,
-            "--v-max does nothing without --num-atoms or --normalize-rewards",
+            args.reward_scale == 1 or not args.normalize_rewards,
+            "--normalize-rewards needs --reward-scale 1, as it scales them itself",
         ),
     ]
 
@@ -1774,11 +1771,14 @@ def accelerate(agent: Agent, explore: Callable, improve: Callable) -> tuple[Call
 def replay(args: Args, agent: Agent, envs) -> None:
     """--evaluate: episodes of a saved policy, as it is deployed."""
     file, saved = load(args.evaluate, "policy.pt")
+    bounds = torch.from_numpy(envs.action_bounds)
     if args.env_id != saved["args"].get("env_id", args.env_id):
         fail(f"{file} was trained on {saved['args']['env_id']}, not on {args.env_id}")
     try:
         ours = {"policy": agent.acting_policy.state_dict(), "global_step": 0}
         refuse_unlike(saved, saved | ours)
+        if not bounds.equal(saved.get("action_bounds", bounds)):
+            raise ValueError("its actions had other bounds")
         agent.acting_policy.load_state_dict(saved["policy"])
     except Exception as error:
         fail(f"{file} is not of this version or task: {reason(error)}")

@@ -871,14 +871,6 @@ def picture_options(env_id: str, args: Args) -> dict:
     return size if is_mujoco(env_id) else {}
 
 
-def near_ids(env_id: str, error: BaseException) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(env_id, gym.registry, n=4, cutoff=0.4)
-    known = near and isinstance(error, gym.error.UnregisteredEnv)
-    return f" Ids near it: {', '.join(near)}" if known else ""
-
-
 def make_env(env_id: str, index: int = 0, args: Args | None = None) -> gym.Env:
     """Stacks of frames (K, size, size, 3) uint8, actions (act_dim,) in [-1, 1]; else refused."""
     args = args or Args()
@@ -903,7 +895,7 @@ def make_env(env_id: str, index: int = 0, args: Args | None = None) -> gym.Env:
         env = wrappers.RepeatAction(env, args.action_repeat)
         env = wrappers.AddRenderObservation(env, render_only=True)
     except (Exception, SystemExit) as error:  # a module of others runs here
-        fail(f"cannot make {env_id!r} with pictures: {reason(error)}{near_ids(env_id, error)}")
+        fail(f"cannot make {env_id!r} with pictures: {reason(error)}")
     warnings.filterwarnings("ignore", ".*torch.jit.*")  # dm_control has turned all on
     if mujoco:
         mujoco.set_mju_user_warning(None)
@@ -1938,12 +1930,15 @@ def accelerate(agent: Agent, explore: Callable, improve: Callable) -> tuple[Call
 def replay(args: Args, agent: Agent, envs) -> None:
     """--evaluate: episodes of a saved policy, as it is deployed."""
     file, saved = load(args.evaluate, "policy.pt")
+    bounds = torch.from_numpy(envs.action_bounds)
     if args.env_id != saved["args"].get("env_id", args.env_id):
         fail(f"{file} was trained on {saved['args']['env_id']}, not on {args.env_id}")
     try:
         networks = {"encoder": agent.encoder, "policy": agent.acting_policy}
         ours = {name: network.state_dict() for name, network in networks.items()}
         refuse_unlike(saved, saved | ours | {"global_step": 0})
+        if not bounds.equal(saved.get("action_bounds", bounds)):
+            raise ValueError("its actions had other bounds")
         for name, network in networks.items():
             network.load_state_dict(saved[name])
     except Exception as error:

@@ -54,7 +54,7 @@ NO_FLOAT32 = "1e39"
 # kinds of answers
 MISSING, DAMAGED, FOREIGN = ["does not exist"], ["damaged"], ["not of this"]
 INSIDE = DAMAGED + FOREIGN
-# what policy.pt holds for those who have no simulator; --evaluate does not look at it
+# what policy.pt holds for those who have no simulator; --evaluate does without
 FOR_A_ROBOT = {"script", "commit", "obs_dim", "act_dim", "action_bounds"}
 
 
@@ -257,6 +257,7 @@ def string_cases(name: str) -> Iterator[Case]:
             ("a fixed KL", ["--temperature-rate", "0"], ["--target-kl"]),
             ("two atoms", ["--num-atoms", "2"], ["--num-atoms"]),
             ("atoms without effect", mean, ["--v-max"]),
+            ("atoms too near for raw rewards", ["--no-normalize-rewards"], ["--v-max"]),
             ("a choice of one", ["--num-candidates", "1"], ["--num-candidates"]),
             ("candidates all alike", ["--noise-scale", "0"], ["--noise-scale"]),
         ]

@@ -35,7 +35,7 @@ SHARED = [
     (OFFLINE, ["updates_due"]),
     # plumbing
     (EVERY, ["fail", "reason", "warn", "say", "EnvironmentFailure", "GuardedEnvs"]),
-    (EVERY, ["refuse_actions", "refuse_observations", "load_simulator", "near_ids"]),
+    (EVERY, ["refuse_actions", "refuse_observations", "load_simulator"]),
     (EVERY, ["make_env", "make_envs"]),
     (EVERY, ["try_out", "choose_opengl", "write_video", "versions", "describe_machine"]),
     (EVERY, ["make_run_dir", "lock", "write_whole", "write_text", "write_json"]),

@@ -178,9 +178,11 @@ REFUSED_BY_PLUS = [
     ("--num-candidates 1", "--num-candidates 1 leaves nothing to choose from"),
     ("--num-candidates 1 --weights best --target-kl 1", "leaves nothing to choose from"),
     ("--num-atoms 1 --no-normalize-rewards --v-max 6", "--v-max does nothing"),
+    ("--no-normalize-rewards", "--no-normalize-rewards needs a --v-max that holds returns"),
 ]
 
 
+C51 = "--normalize-rewards --reward-scale 1"
 MANY_STEPS = "--total-timesteps 110000 --learning-starts 100000 --batch-size 100000"
 
 
@@ -189,7 +191,10 @@ MANY_STEPS = "--total-timesteps 110000 --learning-starts 100000 --batch-size 100
     [
         *[("fpmd_plus_online", *case) for case in REFUSED_BY_PLUS],
         ("sac_online", "--critic-batch-norm --tau 0.02", "--tau does nothing unless"),
-        ("sac_online", f"{MANY_STEPS} --num-atoms 1001", "--num-atoms 1001 needs about"),
+        ("sac_online", f"{MANY_STEPS} {C51} --num-atoms 1001", "--num-atoms 1001 needs about"),
+        ("sac_online", "--num-atoms 101", "--num-atoms needs --normalize-rewards, or its own"),
+        ("sac_online", "--normalize-rewards", "--normalize-rewards needs --reward-scale 1"),
+        ("sac_online", "--v-max 6", "--v-max does nothing without --num-atoms or"),
         *[(name, "--num-candidates 0", "--num-candidates 0") for name in CANDIDATES],
         *[(name, "--flow-steps 0", "--flow-steps 0") for name in [*STEPPED, "dpmd_online"]],
         *[(name, "--reward-scale inf", "--reward-scale inf must be") for name in SCALED],
@@ -423,6 +428,16 @@ def test_replay_on_another_env_is_refused(script, run, capsys):
     with pytest.raises(SystemExit):
         script.main(script.parse_args(["--evaluate", str(run_dir), "--env-id", "Hopper-v4"]))
     assert "was trained on probe_envs:Constant-v0" in capsys.readouterr().err
+
+
+def test_replay_of_actions_with_other_bounds_is_refused(script, run, capsys):
+    """Actions of [-1, 1] would mean something else there."""
+    run_dir = run(env_id="probe_envs:Succeeding-v0")
+    saved = load(run_dir, "policy.pt")
+    torch.save(saved | {"action_bounds": saved["action_bounds"] / 2}, run_dir / "policy.pt")
+    with pytest.raises(SystemExit):
+        script.main(script.parse_args(["--evaluate", str(run_dir), "--eval-episodes=2"]))
+    assert "its actions had other bounds" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

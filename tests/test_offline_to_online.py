@@ -391,7 +391,8 @@ def test_no_chunk_goes_on_from_another_state(run, monkeypatch, moved):
     seen = []
 
     def train(agent, buffer, envs, run, *_):
-        seen.append((len(run.plan), buffer.data["ends"][buffer.position - 1].item()))
+        ends = buffer.columns(buffer.rows)["ends"]
+        seen.append((len(run.plan), ends[buffer.position - 1].item()))
         assert run.bar.total == script.steps_of(run.args)  # of both phases
 
     monkeypatch.setattr(script, "train", train)

@@ -948,15 +948,20 @@ def test_a_replay_is_the_last_evaluation(script, run, capsys):
     assert returns == row.split(",")[-1].split() and "ms/action" in out
 
 
-def test_a_policy_is_what_acts_and_knows_sizes_and_bounds(script, run):
+def test_a_policy_is_what_acts_and_knows_sizes_and_bounds(script, run, capsys):
     """No critics, and bounds in the environment's own units, from another process too."""
     behind = {"env_id": "pixel_envs:Blind-v0", "env_kwargs": '{"env_id": "probe_envs:Bounded-v0"}'}
-    saved = load(run(**behind, total_timesteps=110, async_envs=True), "policy.pt")
+    run_dir = run(**behind, total_timesteps=110, async_envs=True)
+    saved = load(run_dir, "policy.pt")
     learnt = {"algorithm", "script", "commit", "encoder", "policy", "args", "global_step"}
     assert set(saved) == learnt | {"obs_shape", "act_dim", "action_bounds"}
     assert saved["script"] == f"{script.__name__}.py" and saved["global_step"] == 110
     assert saved["obs_shape"] == SHAPE and saved["act_dim"] == 4
     assert saved["action_bounds"].tolist() == [[[-2, 0], [-0.5, 1]], [[2, 3], [0.5, 9]]]
+    torch.save(saved | {"action_bounds": saved["action_bounds"] / 2}, run_dir / "policy.pt")
+    with pytest.raises(SystemExit):
+        script.main(script.parse_args(["--evaluate", str(run_dir)]))
+    assert "its actions had other bounds" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", list(commands(PIXELS)))

@@ -37,10 +37,10 @@ OTHERS = [  # every setting beside the default
     {"imitation": "meanflow"},
     {"weights": "best"},
     {"num_atoms": 1},
-    {"normalize_rewards": False},
+    {"normalize_rewards": False, "v_max": 100.0},
     {"td_action": "best"},
 ]
-NAMES = [f"{key}={value}" for setting in OTHERS for key, value in setting.items()]
+NAMES = [" ".join(f"{key}={value}" for key, value in setting.items()) for setting in OTHERS]
 
 
 @pytest.fixture(params=["fpmd_plus_online"])
