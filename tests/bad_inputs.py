@@ -312,11 +312,11 @@ MODULES = {  # files in the current folder, and what the refusal says
 }
 IDS = {
     "NoSuchEnv-v0": ["NoSuchEnv"],
-    "Antt-v4": ["Ant-v4"],
+    "Antt-v4": ["Did you mean: `Ant`"],
     "Ant-v999": ["Ant"],
     "Hopper-v1": ["Hopper"],
     "Pusher-v4": ["mujoco"],
-    "dm_control/cheetah-rum-v0": ["dm_control/cheetah-run-v0"],
+    "dm_control/cheetah-rum-v0": ["Did you mean: `cheetah-run`"],
     "dm_control/": ["dm_control/"],
     "CartPole-v1": ["Discrete(2)"],
     "no_such_module:Env-v0": ["no_such_module"],
@@ -330,7 +330,7 @@ IDS = {
     "1bad:Env-v0": ["1bad"],
     "Hopper-v4 ": ["Hopper-v4"],
     "Hopper v4": ["Hopper v4"],
-    "hopper-v4": ["Hopper-v4"],
+    "hopper-v4": ["Did you mean: `Hopper`"],
     "-": ["-"],
     "höpper-v4": ["pper-v4"],
     "Hopper-v4\n": ["Hopper-v4"],
