@@ -20,7 +20,7 @@ LEARN = {
 OWN = {name: {"policy_lr": (1e-3, 1e-3), "alpha_interval": 20} for name in MIRROR}
 OWN["mvp_online"] = {"policy_lr": 1e-3, "hidden_layers": 2}
 # returns of at most 10 in rewards of 1, and atoms beyond them; most of a run is its warm-up's scale
-OWN["fpmd_plus_online"] = {"policy_lr": 1e-3, "v_max": 12.0}
+OWN["fpmd_plus_online"] = {"policy_lr": 1e-3, "v_max": 12.0, "num_atoms": 41}
 OWN["sac_online"] = {"policy_lr": 1e-3, "hidden_layers": 2, "alpha_init": 0.1}
 
 
