@@ -18,6 +18,7 @@ from benchmark.runs import defaults
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "gymnasium": "1.4.0", "mujoco": "3.17.0"}
@@ -451,6 +452,36 @@ def test_returns_at_the_published_number_of_steps(copy):
     assert told["**SAC, same critic**"] == "6,000 (1)" and told["**SAC**"] == "5,000 (1)"
     assert told["SAC"] == "6,156 ± 528 (10)"  # 2.262 * 738 / sqrt(10)
     assert table[0]["Walker2d-v4"] == "-" and "at 100,000 steps" in text
+
+
+def test_whole_runs_are_compared_with_those_of_the_same_critic(copy):
+    """Only finished runs of the two, of six evaluations; a task that one lacks is left out."""
+    known = {"total_timesteps": 600, "mode": "one_step"}
+    sac = {"algorithm": "sac_online", "flags": "--critic-batch-norm --adam-beta1 0.5"}
+    plus = {"algorithm": "fpmd_plus_online", "flags": ""}
+    runs = (plus, "A-v4", 1, 40), (plus, "A-v4", 2, 42), (plus, "B-v4", 1, 7), (plus, "C-v4", 1, 3)
+    runs += (sac, "A-v4", 1, 10), (sac, "A-v4", 2, 14), (sac, "B-v4", 1, 9)
+    rows = [
+        known | own | {"env_id": env_id, "seed": seed, "global_step": step, "return_mean": end + more}
+        for own, env_id, seed, end in runs
+        for step, more in zip(range(100, 700, 100), (-30, -5, 0, 0, 0, 5), strict=True)
+    ]
+    rows += [known | sac | {"env_id": "B-v4", "seed": 2, "global_step": 100, "return_mean": 0}]
+    rows += [row | {"flags": "--adam-beta1 0.9", "return_mean": 99} for row in rows[:12]]
+    of_sac = [row for row in rows if row["algorithm"] == "sac_online"]
+    write(copy / "benchmark/results/sac_100k_cpu.csv", of_sac)
+    ours = [row for row in rows if row not in of_sac]
+    table, _ = tabled(copy, "plus-beside-sac", "plus_100k_cpu.csv", ours)
+    # Welch by hand: variances of the means 1 and 4, so (1 + 4)^2 / (1^2 + 4^2) degrees of freedom
+    half = stats.t.ppf(0.975, 25 / 17) * 5**0.5
+    assert [(line["task"], line["mean of"]) for line in table] == [
+        *[("A-v4", "all evaluations"), ("A-v4", "the last 5")],
+        *[("B-v4", "all evaluations"), ("B-v4", "the last 5")],
+    ]
+    assert table[0]["FPMD+"].startswith("36.0 ± ") and table[1]["FPMD+"].startswith("41.0 ± ")
+    assert table[1]["difference"] == f"**29.0 ± {half:.1f}**"
+    assert table[3]["FPMD+"] == "7.0 (1)" and table[3]["SAC, same critic"] == "9.0 (1)"
+    assert table[3]["difference"] == "-2.0"
 
 
 def test_the_figure_beside_sac_ends_where_runs_do(tmp_path, monkeypatch):

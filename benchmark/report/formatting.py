@@ -5,7 +5,7 @@ import re
 import statistics
 from benchmark import RESULTS
 from benchmark.files import fail, read_table
-from benchmark.report.intervals import interval
+from benchmark.report.intervals import interval, welch
 from pathlib import Path
 
 
@@ -89,6 +89,15 @@ def difference(values: list[float]) -> str:
     text = across_seeds(values)
     sure = len(values) > 1 and abs(statistics.fmean(values)) > interval(values)
     return f"**{text}**" if sure else text
+
+
+def unpaired(first: list[float], second: list[float]) -> str:
+    """Difference of two means with Welch's interval, bold where that excludes zero."""
+    difference, half = welch(first, second)
+    if math.isnan(half):
+        return number(difference)
+    text = f"{number(difference)} ± {number(half)}"
+    return f"**{text}**" if abs(difference) > half else text
 
 
 def references() -> dict:

@@ -27,6 +27,8 @@ from pathlib import Path
 
 ABLATION_LAST = 3  # the same in short runs that are compared with each other
 
+COMPARED = "FPMD+", "SAC, same critic"
+
 PAIRED = (
     "± Student's 95% interval over seeds; differences are taken seed by seed, "
     "bold where their interval excludes zero"
@@ -371,6 +373,33 @@ def at_100k(path: Path) -> str:
         "interval of the mean; in brackets the seeds. In bold our runs, one step (SAC: the mean "
         f"action), 10 episodes: {fmt.made_with(rows)} The others are recomputed from result files: "
         "SAC, CrossQ, BRO, Simba and SimbaV2 from SimbaV2's repository, the rest their authors'."
+    )
+    return table_with_note(table, note)
+
+
+def beside_same_critic(path: Path) -> str:
+    """FPMD+ against SAC with its critic: whole runs and their ends, which one evaluation blurs."""
+    runs = defaultdict(list)
+    for row in beside_sac(path):
+        runs[row["env_id"], method_of(row), row["seed"]].append(row)
+    measures = {"all evaluations": 0, f"the last {LAST}": -LAST}
+    values, table = defaultdict(list), []
+    for (env_id, method, _), rows in runs.items():
+        if rows[-1]["global_step"] == rows[-1]["total_timesteps"]:
+            returns = [float(row["return_mean"]) for row in rows]
+            for measure, first in measures.items():
+                values[env_id, method, measure].append(statistics.fmean(returns[first:]))
+    for env_id in dict.fromkeys(env_id for env_id, _, _ in runs):
+        for measure in measures:
+            ours, theirs = (values[env_id, method, measure] for method in COMPARED)
+            if ours and theirs:
+                line = {"task": env_id, "mean of": measure}
+                for method, own in zip(COMPARED, (ours, theirs), strict=True):
+                    line[method] = f"{fmt.across_seeds(own)} ({len(own)})"
+                table.append(line | {"difference": fmt.unpaired(ours, theirs)})
+    note = (
+        "Returns of one step (SAC: the mean action). ± Student's 95% interval over the seeds in "
+        "brackets; of a difference Welch's, bold where it excludes zero."
     )
     return table_with_note(table, note)
 
