@@ -462,8 +462,8 @@ def test_whole_runs_are_compared_with_those_of_the_same_critic(copy):
     runs = (plus, "A-v4", 1, 40), (plus, "A-v4", 2, 42), (plus, "B-v4", 1, 7), (plus, "C-v4", 1, 3)
     runs += (sac, "A-v4", 1, 10), (sac, "A-v4", 2, 14), (sac, "B-v4", 1, 9)
     rows = [
-        known | own | {"env_id": env_id, "seed": seed, "global_step": step, "return_mean": end + more}
-        for own, env_id, seed, end in runs
+        known | own | {"env_id": task, "seed": seed, "global_step": step, "return_mean": end + more}
+        for own, task, seed, end in runs
         for step, more in zip(range(100, 700, 100), (-30, -5, 0, 0, 0, 5), strict=True)
     ]
     rows += [known | sac | {"env_id": "B-v4", "seed": 2, "global_step": 100, "return_mean": 0}]
