@@ -21,8 +21,8 @@ whose output is that network's state s; from there on all is as without pixels.
 Four parts: 1 METHOD, 2 TRAINING, 3 PLUMBING, 4 SPEED. Stop after part 2, and you have read
 the algorithm end to end, from env.step to the optimizers.
 
-Paper: One-Step Flow Policy Mirror Descent, https://arxiv.org/abs/2507.23675
-Code: https://github.com/tianyyiii/flow_policy_iclr
+Paper: One-Step Flow Policy Mirror Descent, arXiv:2507.23675
+Code: github.com/tianyyiii/flow_policy_iclr
 """
 
 # /// script
@@ -864,7 +864,7 @@ class GuardedEnvs(gym.vector.VectorWrapper):
     def refuse_bad_numbers(self, obs: np.ndarray, rewards: np.ndarray) -> None:
         """NaN, infinity and what float32 cannot hold must not reach the buffer."""
         # two products are cheap; a large one is looked at closely
-        if math.isfinite(np.vdot(obs, obs) + np.vdot(rewards, rewards)):
+        if math.isfinite(np.vdot(obs, obs) + np.vdot(rewards, np.float32(rewards))):
             return
         for name, values in {"observation": obs, "reward": rewards[:, None]}.items():
             bad = ~(np.abs(values) <= np.finfo(np.float32).max)
@@ -1021,6 +1021,8 @@ def make_env(env_id: str, index: int = 0, args: Args | None = None) -> gym.Env:
         mujoco.set_mju_user_warning(None)
     refuse_actions(env_id, env.action_space)
     refuse_frames(env_id, env.observation_space, args)
+    # an env may draw into one array
+    env = wrappers.TransformObservation(env, np.copy, env.observation_space)
     env = wrappers.FrameStackObservation(env, args.frame_stack)
     bounds = np.float32([env.action_space.low, env.action_space.high])
     env = wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
@@ -1553,7 +1555,7 @@ def restore_buffer(buffer: ReplayBuffer, saved: dict) -> None:
     buffer.begins = saved["begins"].numpy().copy()
     buffer.pieces = saved["pieces"].tolist()
     oldest = max(buffer.written - len(buffer.frames), 0)
-    lowest = numbers.reshape(steps, -1).amin(1).tolist()
+    lowest = numbers.amin(1).view(-1, buffer.num_envs).amin(1).tolist()
     highest = max([int(numbers.max()) if size else 0, *buffer.stacks.flat])
     if highest >= max(buffer.written, 1) or min(lowest, default=oldest) < oldest:
         raise ValueError("transitions name frames that are not there")
@@ -1728,6 +1730,7 @@ def own_rules(args: Args) -> list[tuple[bool, str]]:
     updates = args.utd * (steps - args.learning_starts)
     limits = [("num_envs", "learning_starts"), ("num_envs", "buffer_size")]
     limits += [("batch_size", "learning_starts"), ("learning_starts", "total_timesteps")]
+    limits += [("random_shift", "image_size")]
     rules = [
         (getattr(args, name) <= getattr(args, limit), f"{flag(name)} must be at most {flag(limit)}")
         for name, limit in limits

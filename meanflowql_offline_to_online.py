@@ -732,7 +732,7 @@ class GuardedEnvs(gym.vector.VectorWrapper):
     def refuse_bad_numbers(self, obs: np.ndarray, rewards: np.ndarray) -> None:
         """NaN, infinity and what float32 cannot hold must not reach the buffer."""
         # two products are cheap; a large one is looked at closely
-        if math.isfinite(np.vdot(obs, obs) + np.vdot(rewards, rewards)):
+        if math.isfinite(np.vdot(obs, obs) + np.vdot(rewards, np.float32(rewards))):
             return
         for name, values in {"observation": obs, "reward": rewards[:, None]}.items():
             bad = ~(np.abs(values) <= np.finfo(np.float32).max)

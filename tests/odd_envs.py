@@ -93,6 +93,7 @@ WRONG_STEPS = {  # name: (what becomes of a step, words that name it)
     "RewardNan": (with_value(1, np.nan), NAN),
     "RewardInf": (with_value(1, -np.inf), INF),
     "RewardHuge": (with_value(1, 1e300), [*INF, "1e+300"]),
+    "RewardBeyondFloat32": (with_value(1, 1e39), [*INF, "1e+39"]),
     "RewardNone": (with_value(1, None), REWARD),
     "RewardText": (with_value(1, "good"), REWARD),
     "RewardPair": (with_value(1, np.array([1.0, 2.0])), REWARD),

@@ -130,6 +130,16 @@ class SeededFrames(Drawn):
         return self.picture.copy()
 
 
+class OneArray(SeededFrames):
+    """It draws into the same array again and again, as a renderer with a canvas of its own does."""
+
+    def draw(self):
+        if not hasattr(self, "canvas"):
+            self.canvas = np.zeros((self.size, self.size, 3), np.uint8)
+        self.canvas[:] = self.picture
+        return self.canvas
+
+
 class Wide(Drawn):
     """Its pictures are not square."""
 
@@ -189,5 +199,5 @@ def repeated_cartpole(render_mode=None):
 
 
 gym.register("RepeatedCartpole-v0", repeated_cartpole, disable_env_checker=True)
-for env in (Blind, CodedFrames, SeededFrames, Wide, Grey, Unseen):
+for env in (Blind, CodedFrames, SeededFrames, OneArray, Wide, Grey, Unseen):
     gym.register(f"{env.__name__}-v0", env, disable_env_checker=True)

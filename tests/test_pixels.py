@@ -683,6 +683,35 @@ def frames_of(run_dir):
     return np.fromfile(run_dir / "frames.bin", np.uint8)
 
 
+def test_a_stack_holds_its_frames_where_all_are_drawn_into_one_array(script):
+    stacks = []
+    for name in "SeededFrames", "OneArray":
+        args = script.Args(env_id=f"pixel_envs:{name}-v0", **SEEN)
+        envs = script.make_envs(args, 2)
+        envs.reset(seed=[1, 2])
+        steps = [envs.step(np.full((2, 1), 0.3, np.float32)) for _ in range(4)]
+        stacks.append(np.stack([step[0] for step in steps]))
+        envs.close()
+    assert np.array_equal(*stacks)
+    assert not np.array_equal(stacks[0][-1, 0, -1], stacks[0][-1, 0, 0])
+
+
+def test_a_run_that_failed_at_once_goes_on(script, run, monkeypatch, tmp_path):
+    """Its checkpoint of step 0 has no transitions."""
+    straight = run(env_id="pixel_envs:SeededFrames-v0", total_timesteps=200)
+
+    def fails(*_, **__):
+        raise RuntimeError("at once")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(script.ReplayBuffer, "add", fails)
+        run(env_id="pixel_envs:SeededFrames-v0", total_timesteps=200)
+    (run_dir,) = {*tmp_path.glob("runs/*")} - {straight, tmp_path / straight}
+    assert load(run_dir)["global_step"] == 0
+    go_on(script, run_dir, 200)
+    assert differences(load(straight), load(run_dir)) == []
+
+
 def test_resumed_equals_uninterrupted(script, run):
     """To the bit: networks, optimizers, buffer, frames, generators, episodes, tables."""
     straight = run(env_id="pixel_envs:SeededFrames-v0", total_timesteps=300)

@@ -222,6 +222,7 @@ def test_a_sound_play_back_says_nothing(run, resume, name):
 FIRST_WORDS = {"Obs": "observation", "Reward": "reward", "Reset": "observation"}
 JUNK = [f"odd_envs:{kind}Later-v0" for kind in ("ObsNan", "ObsInf", "ObsHuge")]
 JUNK += [f"odd_envs:{kind}Later-v0" for kind in ("RewardNan", "RewardInf", "RewardHuge")]
+JUNK += ["odd_envs:RewardBeyondFloat32Later-v0"]
 JUNK += [f"odd_envs:{kind}Later-v0" for kind in ("ResetNan", "ResetInf")]
 
 
@@ -232,7 +233,7 @@ def first_are_fast(env_ids, fast):
     return [pytest.param(x, marks=[] if x in fast else slow) for x in env_ids]
 
 
-JUNK_FAST = "ObsNanLater", "RewardHugeLater", "ResetInfLater"
+JUNK_FAST = "ObsNanLater", "RewardBeyondFloat32Later", "ResetInfLater"
 SOUND_FAST = "EpisodeKey", "RewardArray", "NestedDictObs", "MatrixAction", "DoubleStats"
 FAIL_FAST = "StepAssertsLater", "RewardNoneLater", "ObsShortLater", "ResetRaisesLater"
 
