@@ -772,7 +772,7 @@ class SeededEpisodes(gym.Wrapper):
         self.first_seed = saved["seed"]
         self.count = saved["count"] - 1
         obs, _ = self.reset()
-        for action in saved["actions"].numpy():
+        for action in saved["actions"]:
             obs, _, terminated, truncated, _ = self.step(action)
             if terminated or truncated:
                 return self.reset()[0], False
@@ -890,12 +890,15 @@ class GuardedEnvs(gym.vector.VectorWrapper):
     def restore(self, saved: dict) -> np.ndarray:
         """Play back the running episodes; what then stands elsewhere is said: (num_envs,)."""
         self.reset(seed=[episode["seed"] for episode in saved["episodes"]])
-        played = self.guard(self.env.call, "play_back", saved["episodes"])
+        # a tensor costs each process an open file
+        episodes = [x | {"actions": x["actions"].numpy()} for x in saved["episodes"]]
+        played = self.guard(self.env.call, "play_back", episodes)
         self.obs = np.stack([obs for obs, _ in played])
         self.returns[:] = saved["returns"]
         self.lengths[:] = saved["lengths"]
-        for i, episode in enumerate(saved["episodes"]):
-            self.episodes[i] = episode | {"actions": list(episode["actions"].numpy())}
+        self.refuse_bad_numbers(self.obs, self.returns)
+        for i, episode in enumerate(episodes):
+            self.episodes[i] = episode | {"actions": list(episode["actions"])}
             if not played[i][1]:
                 self.begin_episode(i)
         moved = (self.obs != saved["obs"].numpy()).reshape(self.num_envs, -1).any(1)

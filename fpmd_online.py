@@ -634,7 +634,7 @@ class SeededEpisodes(gym.Wrapper):
         self.first_seed = saved["seed"]
         self.count = saved["count"] - 1
         obs, _ = self.reset()
-        for action in saved["actions"].numpy():
+        for action in saved["actions"]:
             obs, _, terminated, truncated, _ = self.step(action)
             if terminated or truncated:
                 return self.reset()[0], False
@@ -755,18 +755,20 @@ class GuardedEnvs(gym.vector.VectorWrapper):
     def restore(self, saved: dict) -> None:
         """Play back the running episodes; what then stands elsewhere is said."""
         self.reset(seed=[episode["seed"] for episode in saved["episodes"]])
-        played = self.guard(self.env.call, "play_back", saved["episodes"])
+        # a tensor costs each process an open file
+        episodes = [x | {"actions": x["actions"].numpy()} for x in saved["episodes"]]
+        played = self.guard(self.env.call, "play_back", episodes)
         self.obs = np.stack([obs for obs, _ in played])
         self.returns[:] = saved["returns"]
         self.lengths[:] = saved["lengths"]
-        for i, episode in enumerate(saved["episodes"]):
-            self.episodes[i] = episode | {"actions": list(episode["actions"].numpy())}
+        self.refuse_bad_numbers(self.obs, self.returns)
+        for i, episode in enumerate(episodes):
+            self.episodes[i] = episode | {"actions": list(episode["actions"])}
             if not played[i][1]:
                 self.begin_episode(i)
-        moved = (self.obs != saved["obs"].numpy()).any(1)
-        if moved.any():
-            which = f"environments {np.flatnonzero(moved)} did not play back as recorded"
-            warn(f"{which}: the run goes on from another state")
+        moved = np.flatnonzero((self.obs != saved["obs"].numpy()).any(1))
+        if len(moved):
+            warn(f"environments {moved} did not play back: the run goes on from another state")
 
     def close(self, **_options) -> None:
         """End the processes, were they busy or dead."""

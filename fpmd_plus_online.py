@@ -106,7 +106,7 @@ class Args:
     v_max: float = 5.0  # atoms lie in [-v_max, v_max]; normalised returns are kept within
     critic_lr: float = 1e-3  # Adam step size of the critics
     policy_lr: float = 1e-3  # Adam step size of the policy
-    adam_beta1: float = 0.5  # of Adam; 0.9 is usual
+    adam_beta1: float = 0.5  # 0.9 is usual
     hidden_dim: int = 256  # width of the hidden layers
     critic_layers: int = 2  # hidden ReLU layers of the critics; the policy has 3
 
@@ -642,7 +642,7 @@ class SeededEpisodes(gym.Wrapper):
         self.first_seed = saved["seed"]
         self.count = saved["count"] - 1
         obs, _ = self.reset()
-        for action in saved["actions"].numpy():
+        for action in saved["actions"]:
             obs, _, terminated, truncated, _ = self.step(action)
             if terminated or truncated:
                 return self.reset()[0], False
@@ -763,18 +763,20 @@ class GuardedEnvs(gym.vector.VectorWrapper):
     def restore(self, saved: dict) -> None:
         """Play back the running episodes; what then stands elsewhere is said."""
         self.reset(seed=[episode["seed"] for episode in saved["episodes"]])
-        played = self.guard(self.env.call, "play_back", saved["episodes"])
+        # a tensor costs each process an open file
+        episodes = [x | {"actions": x["actions"].numpy()} for x in saved["episodes"]]
+        played = self.guard(self.env.call, "play_back", episodes)
         self.obs = np.stack([obs for obs, _ in played])
         self.returns[:] = saved["returns"]
         self.lengths[:] = saved["lengths"]
-        for i, episode in enumerate(saved["episodes"]):
-            self.episodes[i] = episode | {"actions": list(episode["actions"].numpy())}
+        self.refuse_bad_numbers(self.obs, self.returns)
+        for i, episode in enumerate(episodes):
+            self.episodes[i] = episode | {"actions": list(episode["actions"])}
             if not played[i][1]:
                 self.begin_episode(i)
-        moved = (self.obs != saved["obs"].numpy()).any(1)
-        if moved.any():
-            which = f"environments {np.flatnonzero(moved)} did not play back as recorded"
-            warn(f"{which}: the run goes on from another state")
+        moved = np.flatnonzero((self.obs != saved["obs"].numpy()).any(1))
+        if len(moved):
+            warn(f"environments {moved} did not play back: the run goes on from another state")
 
     def close(self, **_options) -> None:
         """End the processes, were they busy or dead."""
@@ -1483,7 +1485,7 @@ def own_rules(args: Args) -> list[tuple[bool, str]]:
         (getattr(args, name) <= getattr(args, limit), f"{flag(name)} must be at most {flag(limit)}")
         for name, limit in limits
     ]
-    kl_limit = math.log(max(args.num_candidates, 1))  # of one candidate from all N
+    kl_limit = math.log(max(args.num_candidates, 1))
     steered = args.weights == "softmax" and args.temperature_rate > 0
     choice = args.noise_scale > 0 or args.imitation == "meanflow"
     scaled = args.num_atoms > 1 or args.normalize_rewards or args.v_max == Args.v_max

@@ -8,6 +8,8 @@ import sys
 import time
 from dataclasses import replace
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from conftest import COMPILER, FILES, MODES_OF, SMALL, as_flags, known, load, wait_for
@@ -90,15 +92,38 @@ def test_what_another_process_saves_before_the_lock_is_not_lost(script, run, mon
     assert seen == [240]
 
 
-def test_asynchronous_envs_resume_as_well(script, run):
+def go_on(script, run_dir, steps):
+    """Resume it to that many steps."""
+    args = load(run_dir)["args"] | {"resume": str(run_dir), "total_timesteps": steps}
+    return script.main(script.Args(**args))
+
+
+def test_numbers_that_a_play_back_returns_are_checked(script, run, monkeypatch, capsys):
+    run_dir = run(env_id="Hopper-v4", total_timesteps=200)
+    broken = np.full(11, np.nan, np.float32), True
+    monkeypatch.setattr(script.SeededEpisodes, "play_back", lambda *_: broken)
+    with pytest.raises(SystemExit):
+        go_on(script, run_dir, 300)
+    assert "environment 0 returned NaN in observation 0" in capsys.readouterr().err
+
+
+def test_asynchronous_envs_resume_as_well(script, run, monkeypatch):
     """One process per env gives the same run as all envs in one process, resumed or not."""
+    call, sent = gym.vector.AsyncVectorEnv.call, []
+
+    def recorded(envs, name, *args, **kwargs):
+        sent.extend(args if name == "play_back" else [])
+        return call(envs, name, *args, **kwargs)
+
+    monkeypatch.setattr(gym.vector.AsyncVectorEnv, "call", recorded)
     straight = run(env_id="Hopper-v4", total_timesteps=300)
     resumed = run(env_id="Hopper-v4", total_timesteps=200, async_envs=True)
-    script.main(
-        script.Args(**(load(resumed)["args"] | {"resume": str(resumed), "total_timesteps": 300}))
-    )
+    go_on(script, resumed, 300)
     found = differences(load(straight), load(resumed))
     assert found == ["/args/async_envs"]
+    # a tensor is sent as an open file, and 32 environments would need a thousand
+    kinds = {type(episode["actions"]) for episodes in sent for episode in episodes}
+    assert kinds == {np.ndarray}
 
 
 @pytest.fixture
