@@ -878,6 +878,10 @@ def load_dataset(args: Args) -> dict[str, np.ndarray]:
             data = dict(np.load(args.dataset))
             check_numbers(data)
         if "rewards" not in data:
+            # other mazes have the same shapes: cube-double of ogbench:cube-double-singletask-v0
+            family = args.env_id.rpartition(":")[2].partition("-singletask")[0]
+            known = data or args.dataset.startswith(f"{family}-")
+            assert known, f"OGBench's data for it begin with {family}-"
             from ogbench.relabel_utils import relabel_dataset
             from ogbench.utils import load_dataset, make_env_and_datasets
 
@@ -912,7 +916,8 @@ def check_numbers(arrays: dict[str, np.ndarray]) -> None:
 def check_dataset(columns: dict[str, np.ndarray], env: gym.Env) -> None:
     """Raise if transitions are not the env's, or nothing that can be learnt from."""
     obs_dim = gym.spaces.flatdim(env.observation_space)
-    dims = {"obs": (obs_dim,), "next_obs": (obs_dim,), "actions": env.action_space.shape}
+    act_dim = gym.spaces.flatdim(env.action_space)
+    dims = {"obs": (obs_dim,), "next_obs": (obs_dim,), "actions": (act_dim,)}
     n = len(columns["obs"])
     for name, column in columns.items():
         shape = (n, *dims.get(name, ()))
@@ -1523,11 +1528,13 @@ def own_rules(args: Args) -> list[tuple[bool, str]]:
     """What else must hold, and the line to say where it does not."""
     missing = args.env_id.startswith("ogbench:") and not find_spec("ogbench")
     updates = args.offline_steps + args.utd * (args.total_timesteps - args.learning_starts)
+    online = args.total_timesteps > args.learning_starts
     too_late = "--learning-starts must be at most --total-timesteps"
     return [
         (not missing, f"{args.env_id} needs OGBench: pip install ogbench==1.2.2"),
         (args.learning_starts <= args.total_timesteps, too_late),
         (updates >= 1, "--utd gives no update; raise it or --offline-steps"),
+        (online or args.utd == Args.utd, "--utd does nothing without online steps to learn from"),
     ]
 
 
@@ -1891,9 +1898,13 @@ def main(args: Args) -> Path | None:
     if not args.resume:  # a checkpoint's buffer holds the dataset already
         data = load_dataset(args)
         n = len(data["obs"])
-        if not args.chunk_size <= n <= args.buffer_size:
-            fail(f"--dataset holds {n:,} transitions: no chunk, or over --buffer-size")
+        longest = np.diff(np.flatnonzero(data["ends"]), prepend=-1).max()
+        if n > args.buffer_size:
+            fail(f"--dataset holds {n:,} transitions, over --buffer-size")
+        if args.chunk_size > longest:
+            fail(f"--chunk-size {args.chunk_size} is beyond the longest trajectory, {longest}")
         buffer.add(**data)
+        del data  # gigabytes, which are in the buffer now
     # random actions, noise, replay sampling
     rng = Generator(device).manual_seed(args.seed)
     run = PlanningRun(args, agent, buffer, envs, eval_envs, rng, StopSignal())

@@ -881,6 +881,8 @@ def test_the_script_runs_alone(datasets, tmp_path):  # noqa: F811
         ({"target_clip": 0.0}, "--target-clip 0.0 must be above 0"),
         ({"max_grad_norm": -1.0}, "--max-grad-norm -1.0 must be 0 or more"),
         ({"offline_steps": 0, "total_timesteps": 0, "learning_starts": 0}, "gives no update"),
+        ({"dataset": "cube-double-play-singletask-v0"}, "data for it begin with cube-single-"),
+        ({"total_timesteps": 0, "learning_starts": 0, "utd": 0.5}, "--utd does nothing without"),
         ({"total_timesteps": 0}, "--learning-starts must be at most --total-timesteps"),
     ],
 )

@@ -577,6 +577,9 @@ def test_end_to_end_on_real_physics(datasets, tmp_path, monkeypatch, capsys):
         ({"env_id": "ogbench:cube-single-v0"}, "not in the single-task mode"),
         ({"env_id": "ogbench:scene-singletask-v0"}, "cannot load --dataset"),
         ({"env_id": "Hopper-v4"}, "cannot load --dataset"),
+        # without a network: it is refused before the download
+        ({"dataset": "cube-double-play-singletask-v0"}, "data for it begin with cube-single-"),
+        ({"total_timesteps": 50, "learning_starts": 50, "utd": 0.5}, "--utd does nothing without"),
     ],
 )
 def test_bad_input_is_refused(datasets, tmp_path, monkeypatch, capsys, changes, message):
@@ -590,12 +593,25 @@ def test_bad_input_is_refused(datasets, tmp_path, monkeypatch, capsys, changes, 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("size", [2, 10_001])
-def test_a_dataset_of_the_wrong_size_is_refused(run, tmp_path, capsys, monkeypatch, size):
-    monkeypatch.setattr(script, "load_dataset", lambda args: made_up_dataset(1, 1, size))
+@pytest.mark.parametrize(
+    ("size", "chunk_size", "message"),
+    [
+        (10_001, 3, "holds 10,001 transitions"),
+        (2, 3, "--chunk-size 3 is beyond the longest trajectory, 2"),
+        # episodes of 3 to 12 steps: no chunk of 13 would be learnt from, in silence
+        (200, 13, "--chunk-size 13 is beyond the longest trajectory, 12"),
+    ],
+)
+def test_a_dataset_of_the_wrong_size_is_refused(
+    run, capsys, monkeypatch, size, chunk_size, message
+):
+    data = made_up_dataset(1, 1, size)
+    assert size != 200 or np.diff(np.flatnonzero(data["ends"])).max() == 12
+    monkeypatch.setattr(script, "load_dataset", lambda args: data)
+    settings = SETTINGS | {"env_id": "probe_envs:Both-v0", "chunk_size": chunk_size}
     with pytest.raises(SystemExit):
-        script.main(script.Args(**(SETTINGS | {"env_id": "probe_envs:Both-v0"})))
-    assert f"holds {size:,} transitions" in capsys.readouterr().err
+        script.main(script.Args(**settings))
+    assert message in capsys.readouterr().err
 
 
 def test_without_ogbench_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):
