@@ -21,8 +21,8 @@ whose output is that network's state s; from there on all is as without pixels.
 Four parts: 1 METHOD, 2 TRAINING, 3 PLUMBING, 4 SPEED. Stop after part 2, and you have read
 the algorithm end to end, from env.step to the optimizers.
 
-Paper: One-Step Flow Policy Mirror Descent, arXiv:2507.23675
-Code: github.com/tianyyiii/flow_policy_iclr
+Paper: One-Step Flow Policy Mirror Descent, https://arxiv.org/abs/2507.23675
+Code: https://github.com/tianyyiii/flow_policy_iclr
 """
 
 # /// script

@@ -18,7 +18,8 @@ e, n_i ~ N(0, I); Z' is Z without gradients; sigma: std of Q in a state; critics
 Four parts: 1 METHOD, 2 TRAINING, 3 PLUMBING, 4 SPEED. Stop after part 2, and you have read
 the algorithm end to end, from env.step to the optimizers.
 
-Sources, on arXiv: FPMD, 2507.23675; C51, 1707.06887; CrossQ, 1902.05605; SimbaV2, 2502.15280
+Sources: FPMD, https://arxiv.org/abs/2507.23675; C51, https://arxiv.org/abs/1707.06887; CrossQ,
+https://arxiv.org/abs/1902.05605; SimbaV2 (rewards), https://arxiv.org/abs/2502.15280
 """
 
 # /// script
@@ -288,7 +289,7 @@ def propose(policy: nn.Module, obs: Tensor, noise_scale: float, args: Args, rng:
     latents, noise = torch.randn(shape, generator=rng, device=obs.device)
     z = args.prior_std * latents
     if args.imitation == "regression":
-        z = z[0]  # one for all candidates of a state
+        z = z[0]  # one per state
     own = generate(policy, obs, z)
     return own.clamp(-1, 1) + noise_scale * noise, own, z
 
@@ -321,7 +322,7 @@ def act_best_of_n(agent: Agent, obs: Tensor, args: Args, rng: Generator) -> Tens
 
 @torch.no_grad()
 def act_explore(agent: Agent, obs: Tensor, args: Args, rng: Generator) -> Tensor:
-    """Best of candidates drawn as in learning, but from the averaged policy."""
+    """Best of N noisy candidates of the acting policy."""
     candidates, _, _ = propose(agent.acting_policy, obs, args.noise_scale, args, rng)
     return select_action(agent.critic, obs, candidates.clamp(-1, 1))[0]
 
@@ -344,7 +345,7 @@ def critic_loss(critic, batch: dict, next_actions: Tensor, scale, args: Args):
     obs = torch.cat([batch["obs"], batch["next_obs"]])
     actions = torch.cat([batch["actions"], next_actions])
     logits, next_logits = critic.logits(obs, actions).chunk(2, 1)  # (2, B, K) each
-    q, next_logits = critic.mean(logits.detach()), next_logits.detach()  # a constant target
+    q, next_logits = critic.mean(logits.detach()), next_logits.detach()  # constant
     smaller = critic.mean(next_logits).argmin(0)  # (B,)
     next_logits = next_logits.take_along_dim(smaller[None, :, None], 0)[0]  # (B, K)
     if args.num_atoms == 1:
@@ -392,10 +393,8 @@ def update_critic(agent: Agent, batch: dict, next_actions, args: Args, loss_fn) 
     """Adam step of the critics; loss_fn is critic_loss, or that compiled."""
     scale = agent.reward_scale.scale
     agent.critic.train()
-    try:
-        loss, q = loss_fn(agent.critic, batch, next_actions, scale, args)
-    finally:
-        agent.critic.eval()  # also where compiling failed
+    loss, q = loss_fn(agent.critic, batch, next_actions, scale, args)
+    agent.critic.eval()
     agent.optimizers["critic"].zero_grad()
     loss.backward()
     agent.optimizers["critic"].step()
@@ -408,7 +407,7 @@ def update_policy(agent: Agent, obs, z, candidates, w, args: Args, rng, loss_fn)
     noise = torch.randn(candidates.shape[1:], generator=rng, device=obs.device)
     if args.imitation == "regression":  # on all of them, by their weights
         targets = (w[:, :, None] * candidates).sum(0)
-    else:  # of exponential clocks with rates w, the i-th rings first with probability w_i
+    else:  # of clocks with rates w, the i-th rings first with probability w_i
         clocks = torch.empty_like(w).exponential_(generator=rng) / w
         targets = take(candidates, clocks.argmin(0))
         z = z[0]
@@ -424,12 +423,13 @@ def update(agent, batch: dict, args: Args, rng, _improve_policy=True, losses=Non
     # what changes between calls is a tensor, so that a CUDA graph can record an update
     obs = batch["next_obs"]
     losses = losses or (critic_loss, policy_loss)
+    agent.critic.eval()  # compiling its loss may have failed
     # one generation at s', by the policy itself, serves the TD target and what is imitated
     with torch.no_grad():
-        # generating alone: ranking needs Q to more than bfloat16's three digits
+        # alone: ranking needs more than bfloat16's three digits
         with torch.autocast(rng.device.type, torch.bfloat16, args.precision == "bfloat16"):
             candidates, own, z = propose(agent.policy, obs, args.noise_scale, args, rng)
-        clipped = candidates.clamp(-1, 1)  # what critics and environments see
+        clipped = candidates.clamp(-1, 1)  # what critics and envs see
         best, scores = select_action(agent.critic, obs, clipped)
         w = candidate_weights(agent, scores, args)
         metrics = {"policy/flow_spread": latent_spread(agent.policy, obs, own, args, rng)}

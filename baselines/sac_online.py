@@ -378,10 +378,8 @@ def update_critic(
     """Adam steps of the critics on one gradient; SAC's authors take one."""
     batch = batch | {"rewards": batch["rewards"] / agent.reward_scale.scale}
     agent.critic.train()
-    try:
-        loss, q = loss_fn(agent.critic, agent.target_critic, batch, next_actions, bonus, args)
-    finally:
-        agent.critic.eval()  # also where compiling failed
+    loss, q = loss_fn(agent.critic, agent.target_critic, batch, next_actions, bonus, args)
+    agent.critic.eval()
     agent.optimizers["critic"].zero_grad()
     loss.backward()
     for _ in range(args.critic_steps):
