@@ -1902,7 +1902,7 @@ def main(args: Args) -> Path | None:
         if n > args.buffer_size:
             fail(f"--dataset holds {n:,} transitions, over --buffer-size")
         if args.chunk_size > longest:
-            fail(f"--chunk-size {args.chunk_size} is beyond the longest trajectory, {longest}")
+            fail(f"--chunk-size {args.chunk_size}: --dataset has trajectories of {longest} at most")
         buffer.add(**data)
         del data  # gigabytes, which are in the buffer now
     # random actions, noise, replay sampling

@@ -597,9 +597,9 @@ def test_bad_input_is_refused(datasets, tmp_path, monkeypatch, capsys, changes, 
     ("size", "chunk_size", "message"),
     [
         (10_001, 3, "holds 10,001 transitions"),
-        (2, 3, "--chunk-size 3 is beyond the longest trajectory, 2"),
+        (2, 3, "--chunk-size 3: --dataset has trajectories of 2 at most"),
         # episodes of 3 to 12 steps: no chunk of 13 would be learnt from, in silence
-        (200, 13, "--chunk-size 13 is beyond the longest trajectory, 12"),
+        (200, 13, "--chunk-size 13: --dataset has trajectories of 12 at most"),
     ],
 )
 def test_a_dataset_of_the_wrong_size_is_refused(
