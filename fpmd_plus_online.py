@@ -426,7 +426,7 @@ def update(agent, batch: dict, args: Args, rng, _improve_policy=True, losses=Non
     agent.critic.eval()  # compiling its loss may have failed
     # one generation at s', by the policy itself, serves the TD target and what is imitated
     with torch.no_grad():
-        # alone: ranking needs more than bfloat16's three digits
+        # ranking needs more than bfloat16's three digits
         with torch.autocast(rng.device.type, torch.bfloat16, args.precision == "bfloat16"):
             candidates, own, z = propose(agent.policy, obs, args.noise_scale, args, rng)
         clipped = candidates.clamp(-1, 1)  # what critics and envs see

@@ -8,7 +8,6 @@ import copy
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import conftest
@@ -35,7 +34,7 @@ from conftest import (
 )
 from fork_server import PATIENCE
 from test_contract import commands
-from test_resume import differences, rows
+from test_resume import differences, go_on, rows
 
 # the sizes of all tests, but for what is FPMD-R's method; a script takes what it knows
 SMALL = conftest.SMALL | SEEN | {"utd": 0.1}
@@ -672,11 +671,6 @@ def test_other_stacks(script, run, frame_stack):
 
 
 # ------------------------------------------------------------------ resume
-
-
-def go_on(script, run_dir, steps):
-    args = script.Args(**load(run_dir)["args"])
-    return script.main(replace(args, resume=str(run_dir), total_timesteps=steps))
 
 
 def frames_of(run_dir):
