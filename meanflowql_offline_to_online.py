@@ -718,7 +718,8 @@ class GuardedEnvs(gym.vector.VectorWrapper):
         self.lengths[i] = 0
 
     def guard(self, function: Callable, *args, **options):
-        """Call it; whatever goes wrong is the environment's failure."""
+        """Call it, hearing signals; an error is the environment's failure."""
+        mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         try:
             return function(*args, **options)
         except (EOFError, OSError) as error:
@@ -728,6 +729,8 @@ class GuardedEnvs(gym.vector.VectorWrapper):
             raise
         except Exception as error:
             raise EnvironmentFailure(reason(error)) from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def refuse_bad_numbers(self, obs: np.ndarray, rewards: np.ndarray) -> None:
         """NaN, infinity and what float32 cannot hold must not reach the buffer."""
@@ -754,8 +757,8 @@ class GuardedEnvs(gym.vector.VectorWrapper):
         for episode in self.episodes:
             actions = np.array(episode["actions"], np.float32).reshape(-1, self.act_dim)
             episodes.append(episode | {"actions": torch.from_numpy(actions)})
-        arrays = {"obs": self.obs, "returns": self.returns, "lengths": self.lengths}
-        tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+        names = "obs", "returns", "lengths"
+        tensors = {name: torch.tensor(getattr(self, name)) for name in names}
         return tensors | {"episodes": episodes}
 
     def restore(self, saved: dict) -> None:
@@ -1003,13 +1006,10 @@ def describe_machine(device: torch.device) -> dict:
         here = Path(__file__).resolve().parent
         commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout
     name = sys.platform
-    cpuinfo = Path("/proc/cpuinfo")
+    with suppress(OSError, TypeError):  # not on every machine
+        name = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    elif cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(": ")[1]
     machine = {"commit": commit.strip(), "device": name, "threads": torch.get_num_threads()}
     return versions() | machine
 
@@ -1380,7 +1380,7 @@ class Run:
             buffer.size = len(saved["buffer"])
             buffer.rows[: buffer.size] = saved["buffer"]
             buffer.position = saved["position"]
-            if buffer.position != buffer.size % len(buffer.rows) and buffer.size < len(buffer.rows):
+            if buffer.size < len(buffer.rows) and buffer.position != buffer.size:
                 raise ValueError("position is not behind the last row")
             self.rng.set_state(saved["rng"])
             self.envs.restore(saved["envs"])
@@ -1416,7 +1416,7 @@ class Run:
 
     def close(self) -> None:
         for name in "bar", "writer", "envs", "eval_envs", "lock":
-            # a full disk has been told of, and a failure may have come before they are there
+            # a disk may be full, and a failure may have come before they are there
             with suppress(OSError, AttributeError):
                 getattr(self, name).close()
 
@@ -1425,7 +1425,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Load its state, but keep its learning rate: agent.policy_lr, a tensor, may be that."""
     (group,) = optimizer.param_groups
     lr = group["lr"]
-    optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(copy.deepcopy(saved))  # not views of its file
     (group,) = optimizer.param_groups
     group["lr"] = lr
     if len(optimizer.state) not in (0, len(group["params"])):
@@ -1587,7 +1587,7 @@ def choose_device(args: Args) -> torch.device:
     try:
         device = torch.empty(0, device=name).device
         assert device.type in ("cpu", "cuda", "mps")
-    except Exception:  # torch raises many kinds
+    except Exception:  # many kinds
         fail(f"--device {name} is not to be had here; --device auto takes what there is")
     if args.precision == "tf32" and device.type != "cuda":
         fail(f"--precision tf32 needs a CUDA GPU, not --device {device}")
@@ -1877,10 +1877,8 @@ def main(args: Args) -> Path | None:
     check_args(args)
     device = choose_device(args)
     say(f"{ALGORITHM} on {args.env_id}, seed {args.seed}, {device}")
-    threads = args.torch_threads or min(8, torch.get_num_threads())
-    torch.set_num_threads(threads)
-    tf32 = args.precision == "tf32"
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.set_num_threads(args.torch_threads or min(8, torch.get_num_threads()))
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     warnings.filterwarnings("ignore", ".*(capturable=True|matmul_precision).*")
     film = args.capture_video
     if film:

@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 import time
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -650,6 +651,19 @@ class Dies(Base):
         return super().step(action)
 
 
+class Hangs(Base):
+    """Never answers its 30th step, as a simulator behind a socket may; a file says so."""
+
+    count = 0
+
+    def step(self, action):
+        self.count += 1
+        if self.count == 30:
+            Path(os.environ["ODD_HANGS"]).touch()
+            time.sleep(10**6)
+        return super().step(action)
+
+
 class Hermit(Base):
     """Deletes the folder ODD_DELETE with all that is in it at its 30th step."""
 
@@ -680,7 +694,7 @@ class Bare(Base):
 
 for env in Clock, PythonRandom, Upgraded, EndsSooner, NoLimit, TakesArguments, Signalling, Dies:
     register(env.__name__, env)
-for env in Hermit, RareStagger, Bare:
+for env in Hangs, Hermit, RareStagger, Bare:
     register(env.__name__, env)
 register("Sound", Base)
 

@@ -1,12 +1,14 @@
 """A run that was stopped and resumed equals one that was not, bit for bit (on CPU)."""
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -105,6 +107,18 @@ def test_numbers_that_a_play_back_returns_are_checked(script, run, monkeypatch, 
     with pytest.raises(SystemExit):
         go_on(script, run_dir, 300)
     assert "environment 0 returned NaN in observation 0" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel which files are mapped")
+def test_a_resumed_run_lets_go_of_the_old_checkpoint(script, run, monkeypatch):
+    """Else it keeps gigabytes on the disk until it ends, where nobody sees them."""
+    run_dir = run(env_id="InvertedPendulum-v4", total_timesteps=200)  # short episodes
+    ended = []
+    real = script.Run.close
+    monkeypatch.setattr(script.Run, "close", lambda run: (ended.append(run), real(run)))
+    go_on(script, run_dir, 400)
+    gc.collect()
+    assert f"{run_dir}/checkpoint.pt" not in Path("/proc/self/maps").read_text() and ended
 
 
 def test_asynchronous_envs_resume_as_well(script, run, monkeypatch):

@@ -381,6 +381,25 @@ def test_a_killed_run_with_processes_can_be_resumed_at_once(server, tmp_path):
     second.wait()
 
 
+@pytest.mark.parametrize("in_processes", [False, True])
+def test_a_simulator_that_hangs_does_not_keep_a_second_signal(server, tmp_path, in_processes):
+    """The first waits for its step, as always."""
+    hangs = tmp_path / "hangs"
+    changes = {"env_id": "odd_envs:Hangs-v0", "eval_every": 0, "checkpoint_every": 10}
+    env = {"ODD_HANGS": str(hangs)}
+    runner = Runner(server, tmp_path, "fpmd_online", in_processes, changes, env)
+    folder = runner.folder()
+    process = runner.start(folder)
+    wait_for(hangs.exists)
+    process.send(signal.SIGINT)
+    time.sleep(1.5)  # within a second it would count as the same wish
+    assert process.poll() is None
+    process.send(signal.SIGINT)
+    result = process.wait()
+    assert result.status is not None and not result.traceback
+    assert saved_run(folder)
+
+
 @pytest.mark.parametrize("name", ["fpmd_online", *OFFLINE])
 def test_the_users_own_files_are_not_cut(server, tmp_path, name):
     """Tables and notes of one's own, even if they look like the run's."""

@@ -372,7 +372,8 @@ def at_100k(path: Path) -> str:
         f"The evaluation at {at} steps, an update per step, or two at UTD 2. ± Student's 95% "
         "interval of the mean; in brackets the seeds. In bold our runs, one step (SAC: the mean "
         f"action), 10 episodes: {fmt.made_with(rows)} The others are recomputed from result files: "
-        "SAC, CrossQ, BRO, Simba and SimbaV2 from SimbaV2's repository, the rest their authors'."
+        "SAC, CrossQ, BRO, Simba, SimbaV2 and TD-MPC2 from SimbaV2's repository, the rest "
+        "their authors'. Those of dm_control take each action twice: 50,000 decisions."
     )
     return table_with_note(table, note)
 
