@@ -234,6 +234,24 @@ def test_environments_with_pictures_are_tried_with_their_arguments():
         assert ended.returncode == status, ended.stderr
 
 
+@pytest.mark.slow
+def test_a_module_is_found_where_the_command_is_typed(tmp_path):
+    """As a script alone finds it; jobs and the check before them run in other folders."""
+    (tmp_path / "mine.py").write_text(
+        "import gymnasium as gym\n"
+        "from gymnasium.envs.classic_control.pendulum import PendulumEnv\n"
+        "gym.register('Mine-v0', PendulumEnv, max_episode_steps=20)\n"
+    )
+    command = [sys.executable, ROOT / "benchmark/launch/launch.py", "--name", "mine"]
+    command += ["--scripts", "fpmd_online", "--envs", "mine:Mine-v0", "--seeds", "1"]
+    command += ["--output", tmp_path / "mine.csv"]
+    command += ["--flags=--total-timesteps 30 --learning-starts 20 --batch-size 20 --no-compile"]
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "mine:Mine-v0" in (tmp_path / "mine.csv").read_text()
+
+
 CAMPAIGNS = sorted((ROOT / "benchmark/launch/campaigns").glob("*.toml"))
 
 

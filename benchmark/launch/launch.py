@@ -167,18 +167,23 @@ def conclude(jobs: list[Job], campaign: Campaign, view: View, stop: list[int]) -
     return int(bool(failed or wrong))
 
 
-def make_search_path_absolute() -> None:
-    """Jobs run in folders of their own: PYTHONPATH=tests must mean the same folder there."""
-    if given := os.environ.get("PYTHONPATH"):
-        entries = map(os.path.abspath, given.split(os.pathsep))
-        os.environ["PYTHONPATH"] = os.pathsep.join(entries)
+def make_search_path_absolute(campaign: Campaign) -> None:
+    """Jobs run in folders of their own: what is found from here must be found there.
+
+    That is PYTHONPATH=tests, and a module of one's own in this folder, as a script alone finds it.
+    """
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if any(":" in env_id for env_id in campaign.envs):
+        entries.append(os.getcwd())
+    if found := [os.path.abspath(entry) for entry in entries if entry]:
+        os.environ["PYTHONPATH"] = os.pathsep.join(found)
 
 
 def main() -> int:
     if sys.argv[1:2] == ["--start"] and "".join(sys.argv[2:3]).isdecimal():  # by attempt.spawn
         attempt.start(int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
     campaign, dry_run = read_command_line(__doc__)
-    make_search_path_absolute()
+    make_search_path_absolute(campaign)
     jobs = plan(campaign)
     if not dry_run:
         return run(jobs, campaign)
