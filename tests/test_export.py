@@ -356,6 +356,17 @@ def test_an_older_policy_is_refused_in_one_line(tmp_path, monkeypatch):
     assert "of a version without action bounds; go on with --resume" in line
 
 
+def test_flags_that_the_script_does_not_know_are_named(tmp_path, capsys):
+    path = policy_file("fpmd_online", tmp_path)
+    policies.read(path)
+    assert capsys.readouterr().err == ""
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"args": content["args"] | {"sharpness": 3.0}}, path)
+    policies.read(path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "warning" in line and "['sharpness']" in line
+
+
 def test_files_and_words_that_cannot_be_used(tmp_path, monkeypatch):
     path = policy_file("fpmd_online", tmp_path)
     (tmp_path / "empty").mkdir()

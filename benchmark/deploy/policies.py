@@ -8,6 +8,7 @@ import copy
 import importlib.util
 import sys
 from benchmark import scripts
+from benchmark.cli import say
 from benchmark.files import exists, fail
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -207,6 +208,8 @@ def read(source: Path, script: Path | None = None) -> Trained:
     file = find_policy(source)
     module = import_script(script or find_script(file))
     _, saved = module.load(str(file), "policy.pt")
+    if unknown := saved.get("unknown"):
+        say(f"warning: {file} has flags that its script does not know, ignored: {unknown}")
     args = replace(module.Args(), **saved["args"])
     try:
         check_sizes(saved)
