@@ -821,24 +821,21 @@ def load_simulator(env_id: str) -> None:
         os.environ.setdefault("MUJOCO_GL", "disable")
     if not env_id.startswith("dm_control/"):
         return
-    mujoco = metadata.version("mujoco")
-    if int(mujoco.split(".")[0]) >= 4:
-        cure = "pip install 'mujoco>=3.17,<4'"
-        fail(f"{env_id} needs mujoco below 4, not {mujoco}: {cure}")
     try:
+        assert metadata.version("mujoco") < "4", "mujoco is too new"
         import dm_control  # noqa: F401
         import shimmy  # noqa: F401  registers the ids, in every process
-    except ImportError as error:
-        cure = "pip install dm-control shimmy, with Python below 3.13"
+    except (ImportError, AssertionError) as error:
+        cure = "pip install dm-control shimmy 'mujoco<4', with Python below 3.13"
         fail(f"{env_id} needs more: {cure} ({error})")
 
 
 def make_env(env_id: str, index: int = 0, film: bool = False, env_kwargs: str = "{}") -> gym.Env:
     """Flat float32 observations, actions (act_dim,) in [-1, 1]; other envs are refused."""
-    gym.logger.min_level = gym.logger.ERROR + 1  # papers report the outdated v4
-    warnings.filterwarnings("ignore", ".*overflow encountered.*")  # then refused as infinite
+    gym.logger.min_level = gym.logger.ERROR + 1  # papers use v4
+    warnings.filterwarnings("ignore", ".*overflow encountered.*")  # refused later
     if torch.multiprocessing.parent_process():
-        for signum in STOPPING:  # they are for the run, which then ends this process
+        for signum in STOPPING:  # they are for the run
             signal.signal(signum, signal.SIG_IGN)
     options = json.loads(env_kwargs)
     if film:
@@ -851,7 +848,7 @@ def make_env(env_id: str, index: int = 0, film: bool = False, env_kwargs: str = 
         env = gym.make(env_id, **options)
     except (Exception, SystemExit) as error:  # a module of others runs here
         fail(f"cannot make {env_id!r}: {reason(error)}")
-    warnings.filterwarnings("ignore", ".*torch.jit.*")  # dm_control has turned all on
+    warnings.filterwarnings("ignore", ".*torch.jit.*")  # dm_control shows all
     if mujoco:
         mujoco.set_mju_user_warning(None)
     raw = env.unwrapped
@@ -859,14 +856,15 @@ def make_env(env_id: str, index: int = 0, film: bool = False, env_kwargs: str = 
         raw.mujoco_renderer.camera_id = 0  # it follows
     refuse_actions(env_id, env.action_space)
     refuse_observations(env_id, env.observation_space)
-    bounds = np.float32([env.action_space.low, env.action_space.high])
+    space = env.action_space
+    clip = partial(np.clip, a_min=space.low, a_max=space.high)  # rounding may leave the bounds
+    env = gym.wrappers.TransformAction(env, clip, space)
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    shape = env.action_space.shape
-    if len(shape) != 1:
+    if len(space.shape) != 1:
         flat = gym.spaces.flatten_space(env.action_space)
-        env = gym.wrappers.TransformAction(env, lambda action: action.reshape(shape), flat)
+        env = gym.wrappers.TransformAction(env, lambda x: x.reshape(space.shape), flat)
     env = SeededEpisodes(env, index)
-    env.action_bounds = bounds  # in its own units
+    env.action_bounds = np.float32([space.low, space.high])  # in its own units
     return env
 
 
@@ -878,7 +876,7 @@ def make_envs(
     vector = gym.vector.SyncVectorEnv
     if in_processes:
         vector = gym.vector.AsyncVectorEnv
-    # a signal waits until all processes are known, so that none is left behind
+    # a signal waits until all processes are known
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         return GuardedEnvs(vector(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP))
@@ -951,13 +949,11 @@ def make_run_dir(args: Args, device: torch.device) -> Path:
     now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
     run_dir = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
-    if len(os.fsencode(run_dir.name)) > 255:
-        fail("--exp-name is too long")
     try:
         run_dir.mkdir(parents=True)
         write_json(run_dir / "versions.json", describe_machine(device))
     except OSError as error:
-        fail(f"cannot make the run directory {run_dir}: {error.strerror}")
+        fail(f"{error.strerror}: cannot make the run directory {run_dir}")
     return run_dir
 
 
@@ -1042,7 +1038,8 @@ class Run:
         self.tables = {}  # a resumed run's rows
         self.start = time.time()
         names = "charts/episodic_return", "charts/episodic_length", "charts/SPS"
-        self.metrics = dict.fromkeys([*names, *METRICS], math.nan)
+        self.columns = [*names, *METRICS]
+        self.metrics = dict.fromkeys(self.columns, math.nan)
         if args.resume:
             self.dir = load(args.resume, "checkpoint.pt")[0].parent
             self.lock = lock(self.dir)
@@ -1199,6 +1196,8 @@ class Run:
 
     def log(self) -> None:
         self.refuse_divergence()
+        if new := self.metrics.keys() - self.columns:
+            fail(f"add {new} to METRICS")
         speed = self.global_step / max(self.now["wall_time"], 1e-3)
         self.metrics["charts/SPS"] = round(speed, 1)
         self.write("metrics", self.now | self.metrics)
@@ -1354,12 +1353,13 @@ class Run:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Load its state, but keep its learning rate: agent.policy_lr, a tensor, may be that."""
+    """Load its state, but keep a learning rate that is a tensor of the agent's."""
     (group,) = optimizer.param_groups
     lr = group["lr"]
     optimizer.load_state_dict(copy.deepcopy(saved))  # not views of its file
     (group,) = optimizer.param_groups
-    group["lr"] = lr
+    if isinstance(lr, Tensor):
+        group["lr"] = lr
     if len(optimizer.state) not in (0, len(group["params"])):
         raise ValueError("an optimizer lacks the state of a parameter")
     for parameter, state in optimizer.state.items():  # torch would notice in mid-run
@@ -1452,7 +1452,7 @@ NEEDS = {"wandb_entity": ("track", True), "wandb_project_name": ("track", True)}
 NEEDS |= {"temperature": ("weight_mode", "temperature")}
 NEEDS |= {"particle_temperature": ("weight_mode", "particles")}
 MAY_CHANGE = {"resume", "total_timesteps", "log_every", "capture_video", "torch_threads"}
-MAY_CHANGE |= {"track", "wandb_project_name", "wandb_entity"}  # on --resume
+MAY_CHANGE |= {"track", "wandb_project_name", "wandb_entity", "checkpoint_every"}  # on --resume
 
 
 def flag(name: str) -> str:
@@ -1478,7 +1478,8 @@ def own_rules(args: Args) -> list[tuple[bool, str]]:
 def check_args(args: Args) -> None:
     """Refuse what cannot work, or would do nothing."""
     rules = []
-    for name, value in asdict(args).items():
+    given = {name: x for name, x in asdict(args).items() if x != getattr(Args, name)}
+    for name, value in given.items():
         if isinstance(value, str):
             printable = value.strip() and (value.isprintable() or name == "env_kwargs")
             rules.append((printable, f"{flag(name)} {value!r} must be text, and not empty"))
@@ -1685,9 +1686,8 @@ class Captured:
 
     A graph repeats its kernels on the same addresses. So inputs are copied there, outputs hold
     until the next call, learning rates are tensors, and Adam (capturable) counts its steps on the
-    GPU. Gradients live in the graph's own memory and are used up in it. The generator may belong
-    to several graphs: each replay moves its offset on by what the recording drew.
-    Three calls are not recorded: they compile, choose kernels and allocate.
+    GPU. The generator may belong to several graphs: each replay moves its offset on by what the
+    recording drew. Three calls are not recorded: they compile, choose kernels and allocate.
     """
 
     def __init__(self, function: Callable):
@@ -1880,7 +1880,7 @@ def run_to_the_end(run: Run) -> Path:
 
 
 def leave(signum: int, _frame) -> NoReturn:
-    """Before training begins there is nothing to save; an exception might be caught on its way."""
+    """Nothing is saved yet; an exception might be caught on its way."""
     for process in torch.multiprocessing.active_children():
         process.kill()
     os._exit(128 + signum)

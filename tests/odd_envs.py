@@ -321,6 +321,18 @@ class DoubleAction(SpaceOf):
         return super().step(action)
 
 
+class StrictActions(SpaceOf):
+    """Bounds that rounding leaves if nobody takes care, (1, 2) of them, and an env that looks."""
+
+    def __init__(self, render_mode=None, low=-0.37, high=1.2, dtype="float32"):
+        super().__init__(render_mode)
+        self.action_space = Box(low, high, (1, 2), np.dtype(dtype))
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        return super().step(action)
+
+
 class HugeObs(SpaceOf):
     """3,500 observations: the default replay buffer would take 26 GiB."""
 
@@ -330,7 +342,7 @@ class HugeObs(SpaceOf):
         return self.np_random.random(3_500, np.float32)
 
 
-for env in MatrixAction, DoubleAction, HugeObs:
+for env in MatrixAction, DoubleAction, StrictActions, HugeObs:
     works(env)
 
 

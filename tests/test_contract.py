@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import fields, replace
+from dataclasses import fields, make_dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -256,7 +256,8 @@ def test_dm_control_needs_an_older_mujoco_than_4(script, monkeypatch, capsys):
     monkeypatch.setattr(script.metadata, "version", lambda name: "4.0.0")
     with pytest.raises(SystemExit):
         script.make_env("dm_control/cheetah-run-v0")
-    assert "mujoco>=3.17,<4" in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert "'mujoco<4'" in line and "mujoco is too new" in line
 
 
 def test_video_without_opengl_is_refused(script, monkeypatch, capsys, tmp_path):
@@ -278,6 +279,36 @@ def test_a_changed_argument_is_refused_on_resume(script, run, capsys):
     with pytest.raises(SystemExit):
         script.main(replace(args, resume=str(run_dir), gamma=0.5))
     assert "--gamma cannot change on --resume; it was 0.99" in capsys.readouterr().err
+
+
+def test_other_flags_may_change_on_resume(script, run):
+    """What says when to save, and not what is learnt."""
+    run_dir = run(env_id="Hopper-v4", total_timesteps=200)
+    args = script.Args(**load(run_dir)["args"])
+    script.main(replace(args, resume=str(run_dir), total_timesteps=220, checkpoint_every=10))
+    assert load(run_dir)["args"]["checkpoint_every"] == 10
+
+
+def test_a_default_is_never_refused(script, monkeypatch):
+    """Who copies a script adds flags: zero, a negative number or no text may mean nothing."""
+    new = {"bonus": 0.0, "log_std_min": -5.0, "note": "", "bounds": (-1.0, -2.0)}
+    fields = [(name, type(value), value) for name, value in new.items()]
+    more = make_dataclass("Args", fields, bases=(script.Args,))
+    monkeypatch.setattr(script, "Args", more)
+    script.check_args(more())
+    with pytest.raises(SystemExit):
+        script.check_args(more(log_std_min=-4.0))
+
+
+def test_a_metric_without_a_column_is_named(script, run, monkeypatch, capsys):
+    """Who copies a script adds one to update; a row of another length would end the table."""
+    real = script.update
+    monkeypatch.setattr(
+        script, "update", lambda *given: real(*given) | {"policy/novelty": torch.ones(())}
+    )
+    with pytest.raises(SystemExit):
+        run(env_id="Hopper-v4", total_timesteps=200)
+    assert "add {'policy/novelty'} to METRICS" in capsys.readouterr().err
 
 
 def test_resume_starts_from_the_stored_arguments(script, run):
@@ -453,6 +484,18 @@ def test_replay_of_actions_with_other_bounds_is_refused(script, run, capsys):
 def test_environments_train_with_the_same_command(script, run, env_id):
     run_dir = run(env_id=env_id, total_timesteps=150)
     assert load(run_dir)["global_step"] == 150
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_actions_keep_to_their_bounds(script, dtype):
+    """At both ends, which a trained policy often sits at; the environment looks."""
+    rng = np.random.default_rng(0)
+    for low in np.round(rng.uniform(-3, 1, 40), 2):
+        bounds = {"low": low, "high": round(low + rng.uniform(0.1, 3), 2), "dtype": dtype}
+        env = script.make_env("odd_envs:StrictActions-v0", env_kwargs=json.dumps(bounds))
+        env.reset(seed=0)
+        for end in -1, 0.3, 1:
+            env.step(np.full(2, end, np.float32))
 
 
 @pytest.mark.parametrize(

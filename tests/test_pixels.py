@@ -848,6 +848,15 @@ def test_what_moved_has_a_stack_of_its_own(script, run, monkeypatch, capsys):
 # ------------------------------------------------------------------ environments
 
 
+def test_actions_keep_to_their_bounds(script):
+    behind = json.dumps({"env_id": "odd_envs:StrictActions-v0"})
+    args = small_args(script, env_id="pixel_envs:Blind-v0", env_kwargs=behind)
+    env = script.make_env(args.env_id, 0, args)
+    env.reset(seed=0)
+    for end in -1, 0.3, 1:
+        env.step(np.full(2, end, np.float32))
+
+
 def test_repeated_steps_are_rendered_once_and_their_rewards_summed(script, monkeypatch):
     args = small_args(script, action_repeat=4)
     env = script.make_env("pixel_envs:MovingSquare-v0", 0, args)

@@ -109,6 +109,17 @@ def test_numbers_that_a_play_back_returns_are_checked(script, run, monkeypatch, 
     assert "environment 0 returned NaN in observation 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("lr", [1e-3, torch.tensor(1e-3)])
+def test_a_learning_rate_goes_on(script, lr):
+    """A number, which a copy's own schedule may change, or the agent's tensor, that it fills."""
+    adam = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], lr)
+    saved = adam.state_dict()
+    saved["param_groups"][0]["lr"] = 2e-4
+    script.load_optimizer(adam, saved)
+    now = adam.param_groups[0]["lr"]
+    assert now is lr if isinstance(lr, torch.Tensor) else now == 2e-4
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel which files are mapped")
 def test_a_resumed_run_lets_go_of_the_old_checkpoint(script, run, monkeypatch):
     """Else it keeps gigabytes on the disk until it ends, where nobody sees them."""
