@@ -902,6 +902,8 @@ def load_dataset(args: Args) -> dict[str, np.ndarray]:
             data = dict(np.load(args.dataset))
             check_numbers(data)
         if "rewards" not in data:
+            tasks = hasattr(env.unwrapped, "_reward_task_id")
+            assert tasks, "it has no rewards, and only OGBench's tasks can give them"
             # other mazes have the same shapes: cube-double of ogbench:cube-double-singletask-v0
             family = args.env_id.rpartition(":")[2].partition("-singletask")[0]
             known = data or args.dataset.startswith(f"{family}-")

@@ -814,7 +814,8 @@ def dataset_file_cases(name: str) -> Iterator[Case]:
     more = ["--env-id", "odd_envs:Sound-v0"]
     yield start(name, "dataset: not for this environment", *more, words=["--dataset"])
     more = ["--env-id", "Hopper-v4"]
-    yield start(name, "dataset: for no environment of OGBench", *more, words=["--dataset"])
+    words = ["it has no rewards"]
+    yield start(name, "dataset: for no environment of OGBench", *more, words=words)
 
 
 # ---------------------------------------------------------------------------- benchmark

@@ -42,7 +42,8 @@ def read_run(run_dir: Path) -> list[dict]:
     versions = read_json(run_dir / "versions.json")
     script = script_of(args["exp_name"])
     if script is None:
-        fail(f"{run_dir}: --exp-name {args['exp_name']} begins with the name of no script")
+        name = args["exp_name"]
+        fail(f"{run_dir}: --exp-name {name} begins with the name of no script, <x>_online.py here")
     own = {"algorithm": script.stem, "env_id": args["env_id"], "seed": args["seed"]}
     # somebody's own name may be that of a changed copy, no further seed of the script
     renamed = ["--exp-name", args["exp_name"]] if args["exp_name"] != script.stem else []
