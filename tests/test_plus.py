@@ -409,6 +409,22 @@ def test_weights_do_not_see_a_constant_or_the_rewards_scale():
     assert (plus.candidate_weights(agent, -scores, args) - w).abs().max() > 0.1
 
 
+@pytest.mark.parametrize(
+    ("target_kl", "temperature", "share", "forward", "aside"),
+    [(0.3, 1.24, 0.63, 0.71, 0.46), (1.0, 0.49, 0.32, 1.20, 0.69), (1.5, 0.25, 0.21, 1.37, 0.83)],
+)
+def test_what_a_kl_means(target_kl, temperature, share, forward, aside):
+    """The page's table: a linear Q, 8 candidates in 6 dimensions, lengths in stds of the noise."""
+    agent, args = make_agent(temperature_init=temperature)
+    noise = torch.randn(8, 100_000, 6, generator=rng())
+    w = plus.candidate_weights(agent, noise[:, :, 0], args)
+    assert plus.update_temperature(agent, w, args).item() == pytest.approx(target_kl, rel=0.03)
+    assert (1 / w.square().sum(0)).mean().item() / 8 == pytest.approx(share, rel=0.03)
+    moved = (w[:, :, None] * noise).sum(0)
+    assert moved[:, 0].mean().item() == pytest.approx(forward, rel=0.03)
+    assert moved[:, 1:].std().item() == pytest.approx(aside, rel=0.03)
+
+
 def test_the_best_alone():
     agent, args = make_agent(weights="best")
     scores = draw_scores()

@@ -466,6 +466,9 @@ def test_whole_runs_are_compared_with_those_of_the_same_critic(copy):
         for own, task, seed, end in runs
         for step, more in zip(range(100, 700, 100), (-30, -5, 0, 0, 0, 5), strict=True)
     ]
+    for row in rows:  # in 300 seconds SAC ends, and FPMD+ has 300 or 600 steps
+        seconds = row["global_step"] / (2 if row["algorithm"] == "sac_online" else row["seed"])
+        row["wall_time"] = seconds
     rows += [known | sac | {"env_id": "B-v4", "seed": 2, "global_step": 100, "return_mean": 0}]
     rows += [row | {"flags": "--adam-beta1 0.9", "return_mean": 99} for row in rows[:12]]
     of_sac = [row for row in rows if row["algorithm"] == "sac_online"]
@@ -475,13 +478,15 @@ def test_whole_runs_are_compared_with_those_of_the_same_critic(copy):
     # Welch by hand: variances of the means 1 and 4, so (1 + 4)^2 / (1^2 + 4^2) degrees of freedom
     half = stats.t.ppf(0.975, 25 / 17) * 5**0.5
     assert [(line["task"], line["mean of"]) for line in table] == [
-        *[("A-v4", "all evaluations"), ("A-v4", "the last 5")],
-        *[("B-v4", "all evaluations"), ("B-v4", "the last 5")],
+        (task, measure)
+        for task in ("A-v4", "B-v4")
+        for measure in ("all evaluations", "the last 5", "the last when SAC ends")
     ]
+    assert table[2]["FPMD+"].startswith("43.5 ± ") and table[2]["SAC, same critic"].startswith("17")
     assert table[0]["FPMD+"].startswith("36.0 ± ") and table[1]["FPMD+"].startswith("41.0 ± ")
     assert table[1]["difference"] == f"**29.0 ± {half:.1f}**"
-    assert table[3]["FPMD+"] == "7.0 (1)" and table[3]["SAC, same critic"] == "9.0 (1)"
-    assert table[3]["difference"] == "-2.0"
+    assert table[4]["FPMD+"] == "7.0 (1)" and table[4]["SAC, same critic"] == "9.0 (1)"
+    assert table[4]["difference"] == "-2.0"
 
 
 def test_the_figure_beside_sac_ends_where_runs_do(tmp_path, monkeypatch):

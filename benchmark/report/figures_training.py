@@ -100,10 +100,12 @@ def draw_beside_sac(path: Path, output: Path) -> None:
             steps, values = reached_by_all(seeds, "one_step")
             style.draw_seeds(panel, steps, values, colour, dashes)
             labels.append((values.mean(0)[-1], f"{method} ({len(seeds)})", colour))
-        for row in read(PUBLISHED_100K):
-            if row["env"] == env_id and row["method"] in ("SAC", "CrossQ"):
-                height = float(row["return_mean"])
-                labels.append(draw_level(panel, height, f"{row['method']}, published"))
+        published = {row["method"]: row for row in read(PUBLISHED_100K) if row["env"] == env_id}
+        modern = "CrossQ" if "CrossQ" in published else "SimbaV2 (UTD 2)"
+        for method in ("SAC", modern):
+            if method in published:
+                height = float(published[method]["return_mean"])
+                labels.append(draw_level(panel, height, f"{method}, published"))
         finish(panel, labels, 100_000)
         panel.set_title(env_id)
     figure.supxlabel("environment steps, an update each", fontsize="medium")
