@@ -421,10 +421,11 @@ def test_returns_at_the_published_number_of_steps(copy):
     sac = {"algorithm": "sac_online", "flags": "--utd 1.0"}
     same = sac | {"flags": "--critic-batch-norm --adam-beta1 0.5 --utd 1.0"}
     slow = sac | {"flags": "--critic-batch-norm --utd 1.0"}
+    fast = sac | {"flags": "--adam-beta1 0.5 --utd 1.0"}
     plus = {"algorithm": "fpmd_plus_online", "flags": ""}
     slow_plus = plus | {"flags": "--policy-lr 0.0003 --adam-beta1 0.9"}
     runs = (plus, 1, 7000), (plus, 2, 8000), (slow_plus, 1, 4000)
-    runs += (same, 1, 6000), (slow, 1, 3000), (sac, 1, 5000)
+    runs += (same, 1, 6000), (slow, 1, 3000), (fast, 1, 4500), (sac, 1, 5000)
     rows = [
         known | own | {"seed": seed, "global_step": step, "return_mean": value - 100_000 + step}
         for own, seed, value in runs
@@ -442,14 +443,16 @@ def test_returns_at_the_published_number_of_steps(copy):
         "FPMD+, slow policy",
         "SAC, same critic",
         "SAC, same critic, slow policy",
+        "SAC, fast policy",
         "SAC",
     ]
-    assert [*told][:5] == [f"**{method}**" for method in ours]
+    assert [*told][:6] == [f"**{method}**" for method in ours]
     assert told["**FPMD+, slow policy**"] == "4,000 (1)"
     assert told["**SAC, same critic, slow policy**"] == "3,000 (1)"
     half = 12.706 * 500  # t of one degree of freedom, times s / sqrt(2)
     assert told["**FPMD+**"] == f"7,500 ± {half:,.0f} (2)"
     assert told["**SAC, same critic**"] == "6,000 (1)" and told["**SAC**"] == "5,000 (1)"
+    assert told["**SAC, fast policy**"] == "4,500 (1)"
     assert told["SAC"] == "6,156 ± 528 (10)"  # 2.262 * 738 / sqrt(10)
     assert table[0]["Walker2d-v4"] == "-" and "at 100,000 steps" in text
 

@@ -89,7 +89,7 @@ def draw_beside_sac(path: Path, output: Path) -> None:
     ours, sac = style.ALGORITHMS["fpmd_plus_online"], style.ALGORITHMS["sac_online"]
     lines = {"FPMD+": (ours, "-"), "FPMD+, slow policy": (ours, style.DASHES)}
     lines |= {"SAC, same critic": (sac, "-"), "SAC, same critic, slow policy": (sac, style.DASHES)}
-    lines["SAC"] = style.GREY, "-"
+    lines |= {"SAC, fast policy": (style.GREY, "-"), "SAC": (style.GREY, style.DASHES)}
     figure, panels = style.grid_of_panels(len(runs), 2.6, columns=2)
     for panel, (env_id, own) in zip(panels, runs.items(), strict=True):
         labels = []

@@ -74,9 +74,10 @@ def method_of(row: dict) -> str:
     flags = row["flags"]  # what differs from the defaults: a beta_1 of 0.5 in FPMD+, 0.9 in SAC
     if row["algorithm"] == "fpmd_plus_online":
         return "FPMD+, slow policy" if "--adam-beta1 0.9" in flags else "FPMD+"
+    fast = "--adam-beta1" in flags
     if "--critic-batch-norm" in flags:
-        return "SAC, same critic" + ("" if "--adam-beta1" in flags else ", slow policy")
-    return "SAC"
+        return "SAC, same critic" if fast else "SAC, same critic, slow policy"
+    return "SAC, fast policy" if fast else "SAC"
 
 
 def is_blind(key: tuple) -> bool:
