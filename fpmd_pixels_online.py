@@ -925,11 +925,11 @@ def refuse_actions(env_id: str, space: gym.Space) -> None:
             fail(f"{env_id} has bounds {low}, {high} of action {i}; they must rise, within 1e6")
 
 
-def refuse_frames(env_id: str, space: gym.Space, args: Args) -> None:
+def refuse_frames(env_id: str, image: np.ndarray, args: Args) -> None:
     """Square pictures of the size that was asked for will do."""
-    height = (*space.shape, 0)[0]
-    if space.dtype != np.uint8 or space.shape != (height, height, 3):
-        fail(f"{env_id} renders {space.dtype} {space.shape}; only square RGB of bytes will do")
+    height = (*image.shape, 0)[0]
+    if image.dtype != np.uint8 or image.shape != (height, height, 3):
+        fail(f"{env_id} renders {image.dtype} {image.shape}; only square RGB of bytes will do")
     if height != args.image_size:
         cure = "only MuJoCo's size can be set; --env-kwargs may know how to set another's"
         fail(f"--image-size is {args.image_size}, but {env_id} renders {height} pixels: {cure}")
@@ -1016,7 +1016,7 @@ def make_env(env_id: str, index: int = 0, args: Args | None = None) -> gym.Env:
     if mujoco:
         mujoco.set_mju_user_warning(None)
     refuse_actions(env_id, env.action_space)
-    refuse_frames(env_id, env.observation_space, args)
+    refuse_frames(env_id, np.asarray(env.render()), args)
     # an env may draw into one array
     env = wrappers.TransformObservation(env, np.copy, env.observation_space)
     env = wrappers.FrameStackObservation(env, args.frame_stack)
@@ -1619,12 +1619,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     (group,) = optimizer.param_groups
     if isinstance(lr, Tensor):
         group["lr"] = lr
-    if len(optimizer.state) not in (0, len(group["params"])):
-        raise ValueError("an optimizer lacks the state of a parameter")
+    if len(optimizer.state) not in (0, sum(x.requires_grad for x in group["params"])):
+        raise ValueError("an optimizer lacks a parameter's state")
     for parameter, state in optimizer.state.items():  # torch would notice in mid-run
         shapes = {state["exp_avg"].shape, state["exp_avg_sq"].shape}
         if shapes != {parameter.shape} or state["step"].numel() != 1:
-            raise ValueError("an optimizer's state is not of its parameter's shape")
+            raise ValueError("an optimizer's state has another shape")
 
 
 def layout(x):

@@ -1368,12 +1368,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     (group,) = optimizer.param_groups
     if isinstance(lr, Tensor):
         group["lr"] = lr
-    if len(optimizer.state) not in (0, len(group["params"])):
-        raise ValueError("an optimizer lacks the state of a parameter")
+    if len(optimizer.state) not in (0, sum(x.requires_grad for x in group["params"])):
+        raise ValueError("an optimizer lacks a parameter's state")
     for parameter, state in optimizer.state.items():  # torch would notice in mid-run
         shapes = {state["exp_avg"].shape, state["exp_avg_sq"].shape}
         if shapes != {parameter.shape} or state["step"].numel() != 1:
-            raise ValueError("an optimizer's state is not of its parameter's shape")
+            raise ValueError("an optimizer's state has another shape")
 
 
 def layout(x):

@@ -1427,12 +1427,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     (group,) = optimizer.param_groups
     if isinstance(lr, Tensor):
         group["lr"] = lr
-    if len(optimizer.state) not in (0, len(group["params"])):
-        raise ValueError("an optimizer lacks the state of a parameter")
+    if len(optimizer.state) not in (0, sum(x.requires_grad for x in group["params"])):
+        raise ValueError("an optimizer lacks a parameter's state")
     for parameter, state in optimizer.state.items():  # torch would notice in mid-run
         shapes = {state["exp_avg"].shape, state["exp_avg_sq"].shape}
         if shapes != {parameter.shape} or state["step"].numel() != 1:
-            raise ValueError("an optimizer's state is not of its parameter's shape")
+            raise ValueError("an optimizer's state has another shape")
 
 
 def layout(x):
@@ -1511,7 +1511,7 @@ METRICS += ("policy/flow_spread",)
 METRICS += ("charts/success",)  # of training's last episode
 ALGORITHM = __doc__.partition(":")[0]  # of whom a file is, whatever the script is called
 MAY_BE_ZERO = {"seed", "eval_every", "checkpoint_every", "torch_threads", "noise_scale"}
-MAY_BE_ZERO |= {"ivc_coef", "offline_steps", "learning_starts"}
+MAY_BE_ZERO |= {"ivc_coef", "offline_steps", "total_timesteps", "learning_starts"}
 AT_MOST = {"gamma": 1, "tau": 1}
 AT_MOST |= {"seed": 2**32 - 1, "eval_episodes": 10_000}
 AT_MOST |= {"utd": 1_000, "torch_threads": 1_024}
@@ -1898,11 +1898,15 @@ def main(args: Args) -> Path | None:
     if not args.resume:  # a checkpoint's buffer holds the dataset already
         data = load_dataset(args)
         n = len(data["obs"])
-        longest = np.diff(np.flatnonzero(data["ends"]), prepend=-1).max()
+        lengths = np.diff(np.flatnonzero(data["ends"]), prepend=-1)
+        longest = lengths.max()
         if n > args.buffer_size:
             fail(f"--dataset holds {n:,} transitions, over --buffer-size")
         if args.chunk_size > longest:
             fail(f"--chunk-size {args.chunk_size}: --dataset has trajectories of {longest} at most")
+        ends = data["terminations"]
+        if 2 * ends[np.repeat(lengths < args.chunk_size, lengths)].sum() > ends.sum():
+            warn("critics skip trajectories shorter than --chunk-size: most terminations")
         buffer.add(**data)
         del data  # gigabytes, which are in the buffer now
     # random actions, noise, replay sampling

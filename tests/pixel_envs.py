@@ -154,6 +154,20 @@ class Grey(Drawn):
         return np.zeros((24, 24), np.uint8)
 
 
+class Deep(Drawn):
+    """Its pictures have 16 bits, which would be cut to 8 in silence."""
+
+    def draw(self):
+        return np.full((24, 24, 3), 40_000, np.uint16)
+
+
+class Fractions(Drawn):
+    """Its pictures are shares of white."""
+
+    def draw(self):
+        return np.full((24, 24, 3), 0.5)
+
+
 class Unseen(gym.Env):
     """It cannot be rendered at all."""
 
@@ -199,5 +213,5 @@ def repeated_cartpole(render_mode=None):
 
 
 gym.register("RepeatedCartpole-v0", repeated_cartpole, disable_env_checker=True)
-for env in (Blind, CodedFrames, SeededFrames, OneArray, Wide, Grey, Unseen):
+for env in (Blind, CodedFrames, SeededFrames, OneArray, Wide, Grey, Deep, Fractions, Unseen):
     gym.register(f"{env.__name__}-v0", env, disable_env_checker=True)

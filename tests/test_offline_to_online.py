@@ -614,6 +614,34 @@ def test_a_dataset_of_the_wrong_size_is_refused(
     assert message in capsys.readouterr().err
 
 
+def test_the_dataset_alone(run):
+    """No online step: evaluated and saved at the end, and a resume may add a phase online."""
+    run_dir = run(total_timesteps=0, learning_starts=0, eval_every=1000)
+    saved = load(run_dir)
+    assert saved["global_step"] == saved["counters"]["updates"] == 150
+    assert saved["position"] == 200
+    assert [row[:2] for row in rows(run_dir, "evaluations")[1:]] == [["150", "150"]] * 2
+    longer = saved["args"] | {"resume": str(run_dir), "total_timesteps": 50}
+    script.main(script.Args(**longer))
+    assert load(run_dir)["global_step"] == 200 and load(run_dir)["position"] == 250
+
+
+@pytest.mark.parametrize(("chunk_size", "warned"), [(3, False), (6, True)])
+def test_terminations_that_no_chunk_shows_are_told(
+    tmp_path, monkeypatch, capsys, chunk_size, warned
+):
+    """A demonstration that ends at its success must be as long as a chunk."""
+    data = made_up_dataset(1, 1)
+    last = np.flatnonzero(data["ends"])
+    data["terminations"][last] = np.diff(last, prepend=-1) < 6  # at the ends of short ones alone
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "load_dataset", lambda args: data)
+    monkeypatch.setattr(script, "run_to_the_end", lambda run: None)
+    settings = SETTINGS | {"env_id": "probe_envs:Both-v0", "chunk_size": chunk_size}
+    script.main(script.Args(**settings))
+    assert ("shorter than --chunk-size" in capsys.readouterr().err) == warned
+
+
 def test_without_ogbench_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "ogbench", None)

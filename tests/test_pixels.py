@@ -916,6 +916,8 @@ def test_a_film_is_made_of_what_the_agent_saw(script, run, monkeypatch):
 REFUSED = {
     "pixel_envs:Wide-v0": "renders uint8 (24, 32, 3); only square RGB",
     "pixel_envs:Grey-v0": "renders uint8 (24, 24); only square RGB",
+    "pixel_envs:Deep-v0": "renders uint16 (24, 24, 3); only square RGB",
+    "pixel_envs:Fractions-v0": "renders float64 (24, 24, 3); only square RGB",
     "pixel_envs:Unseen-v0": "render_mode",
     "probe_envs:Constant-v0": "with pictures",
     "Nothing-v7": "Nothing",

@@ -120,6 +120,19 @@ def test_a_learning_rate_goes_on(script, lr):
     assert now is lr if isinstance(lr, torch.Tensor) else now == 2e-4
 
 
+def test_a_frozen_layer_can_be_resumed(script):
+    """Adam has no state of a parameter without a gradient, as in a copy with a layer of its own."""
+    parameters = [torch.nn.Parameter(torch.ones(2), requires_grad=i > 0) for i in range(3)]
+    adam = torch.optim.Adam(parameters)
+    sum(x.sum() for x in parameters).backward()
+    adam.step()
+    saved = adam.state_dict()
+    script.load_optimizer(torch.optim.Adam(parameters), saved)
+    del saved["state"][2]
+    with pytest.raises(ValueError, match="lacks a parameter's state"):
+        script.load_optimizer(torch.optim.Adam(parameters), saved)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel which files are mapped")
 def test_a_resumed_run_lets_go_of_the_old_checkpoint(script, run, monkeypatch):
     """Else it keeps gigabytes on the disk until it ends, where nobody sees them."""
