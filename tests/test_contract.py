@@ -281,6 +281,7 @@ def test_a_changed_argument_is_refused_on_resume(script, run, capsys):
     assert "--gamma cannot change on --resume; it was 0.99" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)  # all share it
 def test_other_flags_may_change_on_resume(script, run):
     """What says when to save, and not what is learnt."""
     run_dir = run(env_id="Hopper-v4", total_timesteps=200)
@@ -300,6 +301,7 @@ def test_a_default_is_never_refused(script, monkeypatch):
         script.check_args(more(log_std_min=-4.0))
 
 
+@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)  # all share it
 def test_a_metric_without_a_column_is_named(script, run, monkeypatch, capsys):
     """Who copies a script adds one to update; a row of another length would end the table."""
     real = script.update
@@ -408,7 +410,7 @@ def test_two_launches_in_one_second_do_not_share(script, run, monkeypatch, capsy
     before = {path: path.stat().st_mtime_ns for path in sorted(run_dir.iterdir())}
     with pytest.raises(SystemExit) as stopped:
         run(**settings)
-    line = f"cannot make the run directory {run_dir}: File exists"
+    line = f"File exists: cannot make the run directory {run_dir}"
     assert stopped.value.code == 2 and line in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in sorted(run_dir.iterdir())} == before
 
@@ -486,6 +488,7 @@ def test_environments_train_with_the_same_command(script, run, env_id):
     assert load(run_dir)["global_step"] == 150
 
 
+@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)  # all share it
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_actions_keep_to_their_bounds(script, dtype):
     """At both ends, which a trained policy often sits at; the environment looks."""
