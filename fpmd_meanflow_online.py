@@ -956,6 +956,8 @@ def make_run_dir(args: Args, device: torch.device) -> Path:
     now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
     run_dir = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
+    if len(os.fsencode(run_dir.name)) > 255:
+        fail("--exp-name is too long")
     try:
         run_dir.mkdir(parents=True)
         write_json(run_dir / "versions.json", describe_machine(device))
@@ -972,12 +974,12 @@ def lock(run_dir: Path):
     except BlockingIOError:
         fail(f"{run_dir} is in use by another process")
     except OSError:  # some network file systems know no locks
-        warn(f"{run_dir} cannot be locked; keep other processes away from it")
+        warn(f"{run_dir} cannot be locked: keep others away")
     return file
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside it, to the disk, then replace: a crash leaves the old file whole."""
+    """Write beside it, then replace: a crash leaves the old file whole."""
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(part)
@@ -1354,7 +1356,7 @@ class Run:
 
     def close(self) -> None:
         for name in "bar", "writer", "envs", "eval_envs", "lock":
-            # a disk may be full, and a failure may have come before they are there
+            # a disk may be full, or a failure came before they are there
             with suppress(OSError, AttributeError):
                 getattr(self, name).close()
 
@@ -1410,9 +1412,9 @@ def load(path: str, name: str) -> tuple[Path, dict]:
         fail(f"{option} {path!r}: there is no {name}, it does not exist")
     try:
         with zipfile.ZipFile(file) as archive:
-            torn = archive.testzip()  # checksums, which torch does not look at
+            torn = archive.testzip()  # checksums, as torch does not
         assert torn is None
-        # mmap: gigabytes of replay buffer are not held twice
+        # mmap: the buffer is not held twice
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # many kinds
         fail(f"{file} is damaged, or was not written by these scripts")
@@ -1666,7 +1668,7 @@ class StopSignal:
             signal.signal(signum, handler)
 
     def note(self, signum: int, _frame) -> None:
-        # timeout, the program, signals a process and then its group: that is one wish
+        # timeout(1) signals a process and then its group: that is one wish
         if self and time.monotonic() - self.since > 1:
             sys.exit(128 + signum)
         if not self:
@@ -1915,7 +1917,7 @@ def cli() -> None:
         for stream in sys.stdout, sys.stderr:
             try:
                 stream.flush()
-            except OSError:  # nobody reads any more; the interpreter would complain at its exit
+            except OSError:  # nobody reads any more
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

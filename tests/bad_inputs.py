@@ -37,7 +37,7 @@ ANY_SIGN = {"log_std_range"}
 SHARES = {"gamma", "tau", "q_stats_rate", "p_instant", "temperature_rate"}  # at most 1
 MUST_RISE = {"policy_lr_decay", "log_std_range"}
 MAY_CHANGE = {"resume", "total_timesteps", "log_every", "capture_video", "torch_threads", "track"}
-MAY_CHANGE |= {"wandb_project_name", "wandb_entity"}  # on --resume
+MAY_CHANGE |= {"wandb_project_name", "wandb_entity", "checkpoint_every"}  # on --resume
 TOO_LARGE = {  # for any machine
     "seed": "18446744073709551616",
     "buffer_size": "1000000000000",
