@@ -401,6 +401,7 @@ def test_metrics_are_what_an_update_returns(script, choice):
     assert set(script.METRICS) == metrics.keys() | charts
 
 
+@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)  # all share it
 def test_two_launches_in_one_second_do_not_share(script, run, monkeypatch, capsys):
     settings = {"env_id": "probe_envs:Constant-v0", "total_timesteps": 110, "utd": 0.1}
     assert len({run(**settings) for _ in range(3)}) == 3

@@ -614,6 +614,7 @@ def test_a_dataset_of_the_wrong_size_is_refused(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_dataset_alone(run):
     """No online step: evaluated and saved at the end, and a resume may add a phase online."""
     run_dir = run(total_timesteps=0, learning_starts=0, eval_every=1000)
