@@ -719,7 +719,7 @@ class GuardedEnvs(gym.vector.VectorWrapper):
 
     def guard(self, function: Callable, *args, **options):
         """Call it, hearing signals; an error is the environment's failure."""
-        mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+        mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # it may hang
         try:
             return function(*args, **options)
         except (EOFError, OSError) as error:
@@ -1545,6 +1545,7 @@ def own_rules(args: Args) -> list[tuple[bool, str]]:
 def check_args(args: Args) -> None:
     """Refuse what cannot work, or would do nothing."""
     rules = []
+    # a default is fine
     given = {name: x for name, x in asdict(args).items() if x != getattr(Args, name)}
     for name, value in given.items():
         if isinstance(value, str):

@@ -28,7 +28,7 @@ from conftest import (
 )
 from test_contract import python
 from test_mvp import make_batch
-from test_resume import differences, rows
+from test_resume import differences, go_on, rows
 
 import mvp_offline_to_online as script
 import mvp_online as mvp
@@ -622,8 +622,7 @@ def test_the_dataset_alone(run):
     assert saved["global_step"] == saved["counters"]["updates"] == 150
     assert saved["position"] == 200
     assert [row[:2] for row in rows(run_dir, "evaluations")[1:]] == [["150", "150"]] * 2
-    longer = saved["args"] | {"resume": str(run_dir), "total_timesteps": 50}
-    script.main(script.Args(**longer))
+    go_on(script, run_dir, 50)
     assert load(run_dir)["global_step"] == 200 and load(run_dir)["position"] == 250
 
 

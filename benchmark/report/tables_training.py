@@ -385,18 +385,14 @@ def means(runs: list[list[dict]], first: int) -> list[float]:
 
 def beside_same_critic(path: Path) -> str:
     """FPMD+ against SAC with its critic: whole runs and their ends, which one evaluation blurs."""
-    runs, table = defaultdict(lambda: defaultdict(list)), []
+    runs, finished, table = defaultdict(list), defaultdict(lambda: defaultdict(list)), []
     for row in beside_sac(path):
-        runs[row["env_id"]][method_of(row), row["seed"]].append(row)
-    for env_id, own in runs.items():
-        ours, theirs = (
-            [
-                rows
-                for key, rows in own.items()
-                if key[0] == method and rows[-1]["global_step"] == rows[-1]["total_timesteps"]
-            ]
-            for method in COMPARED
-        )
+        runs[row["env_id"], method_of(row), row["seed"]].append(row)
+    for (env_id, method, _), rows in runs.items():
+        if rows[-1]["global_step"] == rows[-1]["total_timesteps"]:
+            finished[env_id][method].append(rows)
+    for env_id, own in finished.items():
+        ours, theirs = (own[method] for method in COMPARED)
         if not ours or not theirs:
             continue
         clock = statistics.fmean(float(rows[-1]["wall_time"]) for rows in theirs)
