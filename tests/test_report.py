@@ -424,7 +424,8 @@ def test_returns_at_the_published_number_of_steps(copy):
     fast = sac | {"flags": "--adam-beta1 0.5 --utd 1.0"}
     plus = {"algorithm": "fpmd_plus_online", "flags": ""}
     slow_plus = plus | {"flags": "--policy-lr 0.0003 --adam-beta1 0.9"}
-    runs = (plus, 1, 7000), (plus, 2, 8000), (slow_plus, 1, 4000)
+    noisy_plus = plus | {"flags": "--noise-scale 0.4"}
+    runs = (plus, 1, 7000), (plus, 2, 8000), (slow_plus, 1, 4000), (noisy_plus, 1, 4200)
     runs += (same, 1, 6000), (slow, 1, 3000), (fast, 1, 4500), (sac, 1, 5000)
     rows = [
         known | own | {"seed": seed, "global_step": step, "return_mean": value - 100_000 + step}
@@ -441,13 +442,15 @@ def test_returns_at_the_published_number_of_steps(copy):
     ours = [
         "FPMD+",
         "FPMD+, slow policy",
+        "FPMD+, noise 0.4",
         "SAC, same critic",
         "SAC, same critic, slow policy",
         "SAC, fast policy",
         "SAC",
     ]
-    assert [*told][:6] == [f"**{method}**" for method in ours]
+    assert [*told][:7] == [f"**{method}**" for method in ours]
     assert told["**FPMD+, slow policy**"] == "4,000 (1)"
+    assert told["**FPMD+, noise 0.4**"] == "4,200 (1)"
     assert told["**SAC, same critic, slow policy**"] == "3,000 (1)"
     half = 12.706 * 500  # t of one degree of freedom, times s / sqrt(2)
     assert told["**FPMD+**"] == f"7,500 ± {half:,.0f} (2)"
@@ -499,7 +502,9 @@ def test_the_figure_beside_sac_ends_where_runs_do(tmp_path, monkeypatch):
     sac = {"algorithm": "sac_online", "flags": "--critic-batch-norm --adam-beta1 0.5"}
     plus = {"algorithm": "fpmd_plus_online", "flags": ""}
     slow = plus | {"flags": "--adam-beta1 0.9"}
-    ends = (plus, 1, 100), (plus, 2, 100), (plus, 2, 200), (slow, 1, 300), (sac, 1, 200)
+    noisy = plus | {"flags": "--noise-scale 0.4"}
+    ends = (plus, 1, 100), (plus, 2, 100), (plus, 2, 200), (slow, 1, 300), (noisy, 1, 400)
+    ends += ((sac, 1, 200),)
     rows = [
         known | own | {"seed": seed, "global_step": step, "return_mean": 10 * step + seed}
         for own, seed, step in ends
@@ -514,6 +519,7 @@ def test_the_figure_beside_sac_ends_where_runs_do(tmp_path, monkeypatch):
     assert told == {
         "FPMD+ (2)": 1001.5,
         "FPMD+, slow policy (1)": 3001,
+        "FPMD+, noise 0.4 (1)": 4001,
         "SAC, same critic (1)": 2001,
         "SAC, published": 6156,
         "CrossQ, published": 8112,

@@ -88,6 +88,7 @@ def draw_beside_sac(path: Path, output: Path) -> None:
         runs[row["env_id"]][method_of(row), row["seed"]].append(row)
     ours, sac = style.ALGORITHMS["fpmd_plus_online"], style.ALGORITHMS["sac_online"]
     lines = {"FPMD+": (ours, "-"), "FPMD+, slow policy": (ours, style.DASHES)}
+    lines |= {"FPMD+, noise 0.4": (ours, style.DOTS)}
     lines |= {"SAC, same critic": (sac, "-"), "SAC, same critic, slow policy": (sac, style.DASHES)}
     lines |= {"SAC, fast policy": (style.GREY, "-"), "SAC": (style.GREY, style.DASHES)}
     figure, panels = style.grid_of_panels(len(runs), 2.6, columns=2)

@@ -27,6 +27,7 @@ WIDTH = 8.0  # inches, of every figure: a README's column
 SUFFIXES = ".png", ".pdf", ".svg"  # of pictures
 FEW = 5  # seeds that are drawn one by one
 DASHES = (0, (4, 1.2))
+DOTS = (0, (1, 1))
 STYLE = {
     "font.size": 8,
     "axes.titlesize": 9,

@@ -73,6 +73,9 @@ def method_of(row: dict) -> str:
     """A run's method among those that are compared at the same number of updates."""
     flags = row["flags"]  # what differs from the defaults: a beta_1 of 0.5 in FPMD+, 0.9 in SAC
     if row["algorithm"] == "fpmd_plus_online":
+        noise = re.search(r"--noise-scale (\S+)", flags)
+        if noise:
+            return f"FPMD+, noise {noise[1]}"
         return "FPMD+, slow policy" if "--adam-beta1 0.9" in flags else "FPMD+"
     fast = "--adam-beta1" in flags
     if "--critic-batch-norm" in flags:
