@@ -866,7 +866,7 @@ class GuardedEnvs(gym.vector.VectorWrapper):
 
     def refuse_bad_numbers(self, obs: np.ndarray, rewards: np.ndarray) -> None:
         """NaN, infinity and what float32 cannot hold must not reach the buffer."""
-        # two products are cheap; a large one is looked at closely
+        # cheap; what is large is looked at closely
         if math.isfinite(np.vdot(obs, obs) + np.vdot(rewards, np.float32(rewards))):
             return
         for name, values in {"observation": obs, "reward": rewards[:, None]}.items():
@@ -1071,9 +1071,11 @@ def try_out(envs: GuardedEnvs, film: bool) -> None:
 
 def choose_opengl(env_id: str) -> None:
     """Render without a screen, through EGL unless MUJOCO_GL says otherwise."""
+    with suppress(ImportError):  # after Mesa's LLVM, loading its own would crash
+        import triton  # noqa: F401
     if "DISPLAY" in os.environ:
         return
-    # mujoco reads this once, when it is imported
+    # mujoco reads this when imported
     os.environ.setdefault("MUJOCO_GL", "egl")
     if not is_mujoco(env_id) or torch.multiprocessing.parent_process():
         return
@@ -1081,7 +1083,7 @@ def choose_opengl(env_id: str) -> None:
         import mujoco
 
         mujoco.GLContext(8, 8).free()
-    except Exception:  # each library fails in its own way
+    except Exception:  # many kinds
         install = "apt-get install libegl1 libegl-mesa0"
         fail(f"pixels of {env_id} need OpenGL: {install}, or set MUJOCO_GL to egl or osmesa")
 
@@ -1390,7 +1392,7 @@ class Run:
         self.told = (time.time(), self.global_step)
         steps = steps_of(self.args)
         hours = (steps - self.global_step) / max(speed, 1e-9) / 3600
-        # the warm-up's pace says nothing about the rest
+        # the warm-up is faster
         left = f", {hours:.1f} h left" if self.agent.updates else ""
         reward = self.metrics["charts/episodic_return"]
         told = "" if math.isnan(reward) else f"return {reward:.1f}, "  # no episode yet
@@ -1938,8 +1940,8 @@ class StopSignal:
         for signum in STOPPING:
             if not ignored(signum):
                 self.handlers[signum] = signal.signal(signum, self.note)
-        # Compilers inherit this mask and so outlive a terminal's Ctrl-C, of which this process
-        # still hears through an older thread, that of TensorBoard's writer.
+        # Compilers inherit this mask and so outlive a terminal's Ctrl-C; this process still
+        # hears of it through TensorBoard's older thread.
         self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, self.handlers)
         return self
 
@@ -1976,8 +1978,8 @@ class Captured:
 
     A graph repeats its kernels on the same addresses. So inputs are copied there, outputs hold
     until the next call, learning rates are tensors, and Adam (capturable) counts its steps on the
-    GPU. The generator may belong to several graphs: each replay moves its offset on by what the
-    recording drew. Three calls are not recorded: they compile, choose kernels and allocate.
+    GPU. A generator may serve several graphs: a replay moves its offset on by what was drawn.
+    Three calls are not recorded: they compile, choose kernels and allocate.
     """
 
     def __init__(self, function: Callable):
@@ -2031,7 +2033,7 @@ class OrEager:
         draws = rng.get_state()
         try:
             return self.function(agent, inputs, args, rng, *key)
-        except Exception as error:  # of a compiler, or what a kill left of its cache
+        except Exception as error:  # a compiler's, or of a torn cache
             go_eager(error)
         agent.load_state_dict(weights)
         for name, optimizer in agent.optimizers.items():

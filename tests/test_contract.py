@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
+from unittest.mock import Mock
 
 import gymnasium as gym
 import numpy as np
@@ -271,6 +273,29 @@ def test_video_without_opengl_is_refused(script, monkeypatch, capsys, tmp_path):
         script.main(script.Args(**known(script, SMALL), capture_video=True))
     assert stopped.value.code == 2 and "apt-get install libegl1" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", FILES, indirect=True)
+@pytest.mark.parametrize("display", [None, ":0"])
+def test_triton_is_loaded_before_opengl(script, display, monkeypatch, tmp_path):
+    """CUDA builds of torch bring it; its LLVM crashes when it comes after that of Mesa."""
+    (tmp_path / "triton.py").write_text("import loaded\n\nloaded.names.append('triton')\n")
+    loaded = SimpleNamespace(names=[])
+    monkeypatch.setitem(sys.modules, "loaded", loaded)
+    monkeypatch.setitem(sys.modules, "triton", None)  # afterwards it is as it was
+    del sys.modules["triton"]
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def context(*_size):
+        loaded.names.append("OpenGL")
+        return Mock()
+
+    monkeypatch.setattr("mujoco.GLContext", context, raising=False)
+    os.environ.pop("DISPLAY", None)
+    if display:
+        os.environ["DISPLAY"] = display
+    script.choose_opengl(*(["Hopper-v4"] if script.__name__ in PIXELS else []))
+    assert loaded.names == ["triton"] if display else loaded.names == ["triton", "OpenGL"]
 
 
 def test_a_changed_argument_is_refused_on_resume(script, run, capsys):

@@ -326,7 +326,7 @@ def test_campaigns_of_the_repository(path, tmp_path):
         ("bytes.toml", "bytes.toml is no text"),
         ("folder.toml", "folder.toml: Is a directory"),
         ("deep.toml", "deep.toml: "),
-        ("null.toml", "null byte"),
+        ("null.toml", "embedded null"),
     ],
     ids=lambda text: text[:40],
 )
