@@ -87,6 +87,7 @@ def images_batch(batch_size=16, act_dim=2, seed=0, shape=(3, 24, 24, 3)):
 FAST = {"fpmd_online", "fpmd_meanflow_pixels_online"}
 ONE_IS_FAST = {"test_probes", "test_resume", "test_data", "test_speed", "test_trust", "test_pixels"}
 ONE_IS_FAST |= {"test_video_of_a_replay", "test_a_script_runs_alone"}
+ONE_IS_FAST |= {"test_triton_is_loaded_before_opengl"}
 # but not what SAC from pixels has alone
 OF_SAC_ALONE = {"test_sac_acts_by_its_mean_or_by_a_sample"}
 OF_SAC_ALONE |= {"test_sac_losses_against_their_formulas"}
