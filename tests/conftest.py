@@ -16,7 +16,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from fork_server import PATIENCE
+from fork_server import PATIENCE, ForkServer
 from torch import nn
 
 ROOT = Path(__file__).parent.parent
@@ -87,7 +87,8 @@ def images_batch(batch_size=16, act_dim=2, seed=0, shape=(3, 24, 24, 3)):
 FAST = {"fpmd_online", "fpmd_meanflow_pixels_online"}
 ONE_IS_FAST = {"test_probes", "test_resume", "test_data", "test_speed", "test_trust", "test_pixels"}
 ONE_IS_FAST |= {"test_video_of_a_replay", "test_a_script_runs_alone"}
-ONE_IS_FAST |= {"test_triton_is_loaded_before_opengl"}
+ONE_IS_FAST |= {"test_triton_is_loaded_before_opengl", "test_run_directory"}
+ONE_IS_FAST |= {"test_environments_train_with_the_same_command"}
 # but not what SAC from pixels has alone
 OF_SAC_ALONE = {"test_sac_acts_by_its_mean_or_by_a_sample"}
 OF_SAC_ALONE |= {"test_sac_losses_against_their_formulas"}
@@ -124,7 +125,8 @@ OWN_TEXT_ONLY |= {"test_flags_and_environments_are_refused_in_one_line"}
 OWN_TEXT_ONLY |= {"test_files_of_runs_are_refused_in_one_line"}
 LIKE_OTHERS = {"fpmd_meanflow_online", "dpmd_online", "mvp_offline_to_online"}
 ALWAYS_SLOW = {"test_time_limit_is_no_termination", "test_reward_depends_on_both"}
-ALWAYS_SLOW |= {"test_reward_depends_on_observation", "test_ray_survives_the_same_kills"}
+ALWAYS_SLOW |= {"test_constant_reward", "test_reward_depends_on_observation"}
+ALWAYS_SLOW |= {"test_ray_survives_the_same_kills"}
 ALWAYS_SLOW |= {"test_end_to_end_on_real_physics", "test_a_moving_square_is_followed"}
 ALWAYS_SLOW |= {"test_asynchronous_envs_are_the_same_run", "test_the_program_as_it_is_typed"}
 ALWAYS_SLOW |= {"test_a_graph_of_frames_acts_as_its_script"}
@@ -188,7 +190,17 @@ def as_flags(settings):
 fpmd_only = pytest.mark.parametrize("script", FPMD, indirect=True)
 stepped_only = pytest.mark.parametrize("script", STEPPED, indirect=True)
 flows_only = pytest.mark.parametrize("script", FLOWS, indirect=True)
+# torch.compile without the C++ at its end, whose making takes most of the time: test_speed.py
+TRACED = "aot_eager_decomp_partition"
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Starts programs without their imports' seconds."""
+    server = ForkServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session", autouse=True)

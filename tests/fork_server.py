@@ -160,6 +160,7 @@ def become(request: dict, code) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     sys.argv = [request["program"], *request["argv"]]
     sys.path[0] = str(Path(request["program"]).parent)
+    sys.path[1:1] = filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep))
     sys.path.append(str(HERE))  # for the environments of the tests
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__file__ = request["program"]

@@ -27,13 +27,6 @@ AT_ONCE = 2  # programs that run side by side
 
 
 @pytest.fixture(scope="session")
-def server():
-    server = ForkServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="session")
 def run_dirs(server, tmp_path_factory):
     """A complete run of every script."""
     found = {}

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 import subprocess
 import sys
 from benchmark.files import Refused
@@ -24,13 +23,12 @@ PROGRAMS = [path for path in (ROOT / "benchmark").rglob("*.py") if MAIN in path.
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=[path.stem for path in PROGRAMS])
-def test_every_program_runs_by_its_path_from_anywhere(path, tmp_path):
+def test_every_program_runs_by_its_path_from_anywhere(path, server, tmp_path):
     """--help, without the matplotlib and Ray that only a figure or a cluster needs."""
     for name in "matplotlib", "ray":
         (tmp_path / f"{name}.py").write_text("raise ImportError")
-    command, env = [sys.executable, path, "--help"], os.environ | {"PYTHONPATH": str(tmp_path)}
-    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert result.returncode == 0 and "usage: " in result.stdout, result.stderr
+    result = server.run(path, ["--help"], tmp_path, {"PYTHONPATH": str(tmp_path)})
+    assert result.status == 0 and "usage: " in result.out, result.err
 
 
 @pytest.mark.parametrize(

@@ -55,25 +55,31 @@ def python(*command, **options):
 
 
 def commands(scripts):
-    """Every `python <script>.py ...` in the README and the docs, continuation lines joined."""
+    """`python <script>.py ...` in the README and the docs, once each, lines joined."""
+    found = {}
     for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]:
         for block in re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 for part in line.split("&&"):
                     if re.match(rf"\s*python (baselines/)?({'|'.join(scripts)})\.py", part):
-                        yield pytest.param(shlex.split(part, comments=True), id=part.strip())
+                        words = shlex.split(part, comments=True)
+                        found[shlex.join(words)] = words
+    return [pytest.param(words, id=line) for line, words in found.items()]
 
 
 # ------------------------------------------------------------------ the command line
 
 
 @pytest.mark.parametrize("script", FILES, indirect=True)
-def test_help_is_clean(script):
-    """Every field is explained, and nothing is printed to stderr."""
-    result = python(FILES[script.__name__], "--help")
-    assert result.returncode == 0 and result.stderr == ""
+def test_help_is_clean(script, server, tmp_path):
+    """Every field is explained, in groups with headings, and nothing is printed to stderr."""
+    result = server.run(FILES[script.__name__], ["--help"], tmp_path)
+    assert result.status == 0 and result.err == ""
     for field in fields(script.Args):
-        assert f"--{field.name.replace('_', '-')}" in result.stdout
+        assert f"--{field.name.replace('_', '-')}" in result.out
+    heads = [line.strip("╭╮─│ :").lower() for line in result.out.splitlines()]
+    for group in "run", "algorithm", "speed":
+        assert any(re.match(rf"{group}\b(\W|$)", head) for head in heads), group
 
 
 @pytest.mark.parametrize("script", FILES, indirect=True)
@@ -86,7 +92,7 @@ def test_every_argument_is_used_and_explained(script):
         assert re.search(rf"\bargs\.{field.name}\b", body), f"{field.name} is never used"
 
 
-@pytest.mark.parametrize("command", list(commands(SCRIPTS)))
+@pytest.mark.parametrize("command", commands(SCRIPTS))
 def test_documented_commands_work(command, tmp_path, monkeypatch):
     """They parse as written; training runs at a small size, replays find the run just made."""
     script = __import__(Path(command[1]).stem)
@@ -109,7 +115,7 @@ def test_documented_commands_work(command, tmp_path, monkeypatch):
     script.main(script.parse_args([*command[2:], *small]))
 
 
-@pytest.mark.parametrize("command", list(commands(OFFLINE)))
+@pytest.mark.parametrize("command", commands(OFFLINE))
 def test_documented_offline_commands_parse(command):
     """They are run in those scripts' own tests, on data that needs no download."""
     script = importlib.import_module(Path(command[1]).stem)
@@ -298,6 +304,7 @@ def test_triton_is_loaded_before_opengl(script, display, monkeypatch, tmp_path):
     assert loaded.names == ["triton"] if display else loaded.names == ["triton", "OpenGL"]
 
 
+@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)  # all share it
 def test_a_changed_argument_is_refused_on_resume(script, run, capsys):
     run_dir = run(env_id="Hopper-v4", total_timesteps=200)
     args = script.Args(**load(run_dir)["args"])
@@ -346,6 +353,7 @@ def test_resume_starts_from_the_stored_arguments(script, run):
     )
 
 
+@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)  # all share it
 def test_a_resumed_run_says_how_far_it_went(script, run):
     """args.json holds what the run was last told, or reports would call it unfinished."""
     run_dir = run(env_id="Hopper-v4", total_timesteps=200)
@@ -463,6 +471,7 @@ def test_a_policy_of_a_version_with_critics_in_it_still_plays(script, run, capsy
     assert capsys.readouterr().out.count("return 3.0000") == 2
 
 
+@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)  # all share it
 def test_replay_prints_returns_and_latency(script, run, capsys):
     run_dir = run(env_id="probe_envs:Succeeding-v0")
     script.main(script.parse_args(["--evaluate", str(run_dir / "policy.pt"), "--eval-episodes=3"]))
@@ -482,6 +491,7 @@ def test_replay_equals_the_last_evaluation(script, run, capsys):
     )
 
 
+@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)  # all share it
 def test_replay_on_another_env_is_refused(script, run, capsys):
     run_dir = run(env_id="probe_envs:Constant-v0")
     with pytest.raises(SystemExit):
@@ -489,6 +499,7 @@ def test_replay_on_another_env_is_refused(script, run, capsys):
     assert "was trained on probe_envs:Constant-v0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)  # all share it
 def test_replay_of_actions_with_other_bounds_is_refused(script, run, capsys):
     """Actions of [-1, 1] would mean something else there."""
     run_dir = run(env_id="probe_envs:Succeeding-v0")
@@ -535,7 +546,7 @@ def test_the_camera_follows(script, env_id, camera):
     assert script.make_env(env_id, film=True).unwrapped.mujoco_renderer.camera_id == camera
 
 
-@pytest.mark.parametrize("backend", ["egl", "osmesa"])
+@pytest.mark.parametrize("backend", ["egl", pytest.param("osmesa", marks=pytest.mark.slow)])
 def test_video_of_a_replay(script, run, backend):
     """One mp4 with moving pictures; skipped where that OpenGL is not installed."""
     probe = python(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    COMPILER,
+    TRACED,
     act,
     distance,
     numpy_mlp,
@@ -207,17 +207,17 @@ def meanflow_loss(policy, obs, actions, w, noise, r, t, h=1e-4):
     return (w[:, None] * (policy(obs, z, r, t) - target) ** 2).sum() / z.numel()
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=COMPILER)])
+@pytest.mark.parametrize("compiled", [False, True])
 def test_loss_and_gradient_against_finite_differences(compiled):
     """Value, and gradient of every weight with the target held constant; float64."""
     torch._dynamo.reset()
     policy, arguments = make_network().double(), flow_batch()
     parameters, losses = list(policy.parameters()), []
-    loss_function = (
-        torch.compile(fpmd.policy_loss, fullgraph=True) if compiled else fpmd.policy_loss
-    )
-    for function in loss_function, meanflow_loss:
-        loss = function(policy, *arguments)
+    function = fpmd.policy_loss
+    if compiled:
+        function = torch.compile(function, fullgraph=True, backend=TRACED)
+    for loss_of in function, meanflow_loss:
+        loss = loss_of(policy, *arguments)
         losses.append((loss, *torch.autograd.grad(loss, parameters)))
     for ours, expected in zip(*losses, strict=True):
         error = (ours - expected).abs().max() / expected.abs().max()

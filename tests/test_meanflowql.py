@@ -20,6 +20,7 @@ from conftest import (
     FILES,
     MODES,
     ROOT,
+    TRACED,
     act,
     count,
     distance,
@@ -185,7 +186,7 @@ def reference_loss(policy, obs, a, e, t, args, h=1e-4):
     return (weight * error).sum() / len(a), error.mean()
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=COMPILER)])
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("changes", [PLAIN, {}, {"target_clip": 0.7, "adaptive_power": 1.0}])
 def test_loss_and_gradient_against_finite_differences(compiled, changes):
     """Value, and gradient of every weight with target and weight held constant; float64."""
@@ -193,7 +194,7 @@ def test_loss_and_gradient_against_finite_differences(compiled, changes):
     policy, arguments, args = make_policy().double(), flow_batch(), script.Args(**changes)
     function = script.policy_loss
     if compiled:
-        function = torch.compile(function, fullgraph=True, dynamic=False)
+        function = torch.compile(function, fullgraph=True, backend=TRACED, dynamic=False)
     found = []
     for losses in function(policy, *arguments, args), reference_loss(policy, *arguments, args):
         gradients = torch.autograd.grad(losses[0], list(policy.parameters()))
@@ -642,6 +643,7 @@ def test_bfloat16_generates_but_does_not_rank(monkeypatch):
 
 
 @COMPILER
+@pytest.mark.slow
 def test_compiled_updates_equal_plain_ones():
     """Parameters, targets and metrics after 10 updates, to rounding."""
     torch._dynamo.reset()

@@ -221,6 +221,7 @@ def test_a_chunk_of_one_is_mvp_online(target):
 
 
 @COMPILER
+@pytest.mark.slow
 def test_compiled_updates_equal_plain_ones():
     """Parameters, targets and metrics after 10 updates, to rounding; masked chunks included."""
     torch._dynamo.reset()

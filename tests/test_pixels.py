@@ -998,7 +998,7 @@ def test_a_policy_is_what_acts_and_knows_sizes_and_bounds(script, run, capsys):
     assert "its actions had other bounds" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", list(commands(PIXELS)))
+@pytest.mark.parametrize("command", commands(PIXELS))
 def test_documented_commands_parse(command):
     script = __import__(Path(command[1]).stem)
     script.check_args(script.parse_args([] if "--evaluate" in command else command[2:]))

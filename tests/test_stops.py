@@ -68,13 +68,6 @@ def instants(signals, count: int, seed: int) -> list[Instant]:
     ]
 
 
-@pytest.fixture(scope="session")
-def server():
-    server = ForkServer()
-    yield server
-    server.close()
-
-
 def settings_of(name: str, in_processes: bool = False) -> dict:
     changes = OFFLINE_SETTINGS if name in OFFLINE else SETTINGS
     return small(name) | changes | ({"async_envs": True} if in_processes else {})

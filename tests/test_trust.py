@@ -22,18 +22,10 @@ import pytest
 import torch
 from bad_inputs import OFFLINE, of, small, write_dataset
 from conftest import COMPILER, FILES, MODES_OF, OF_NUMBERS, as_flags, load
-from fork_server import ForkServer
 from test_resume import rows
 
 ONE = pytest.mark.parametrize("name", ["fpmd_online"])
 TWO = pytest.mark.parametrize("name", ["fpmd_online", *OFFLINE])
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = ForkServer()
-    yield server
-    server.close()
 
 
 @pytest.fixture
@@ -876,15 +868,6 @@ def test_what_the_compiler_lacks_is_named(run, tmp_path):
     assert result.status == 0, result.err
     said = [line for line in warnings_of(result) if "--compile" in line]
     assert len(said) == 1 and "g++" in said[0] and "install" in said[0], result.err
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_help_has_the_groups_of_args(server, tmp_path, name):
-    """28: run, algorithm and speed, each under its heading."""
-    out = server.run(FILES[name], ["--help"], tmp_path).out
-    heads = [line.strip("╭╮─│ :").lower() for line in out.splitlines()]
-    for group in "run", "algorithm", "speed":
-        assert any(re.match(rf"{group}\b(\W|$)", head) for head in heads), group
 
 
 @pytest.mark.parametrize("name", FILES)
