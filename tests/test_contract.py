@@ -107,7 +107,7 @@ def test_documented_commands_work(command, tmp_path, monkeypatch):
         small += ["--no-capture-video"]
     else:
         args = script.parse_args(command[2:])
-        small = small_flags(script)
+        small = [*small_flags(script), "--total-timesteps=200"]
         if args.precision == "tf32":  # which only a GPU has
             small += ["--precision=float32"]
         if "--weights" in command:  # of the best alone there is no KL
