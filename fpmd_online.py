@@ -1223,7 +1223,7 @@ class Run:
         say(f"step {self.global_step:,} of {steps:,}: {told}{speed:.0f}/s{left}")
 
     def evaluate_mode(self, mode: str) -> None:
-        """Play episodes; a signal does not wait for them, but gives them up."""
+        """Play episodes; a signal gives them up."""
         self.refuse_divergence()
         args = self.args
         envs = self.eval_envs
@@ -1358,8 +1358,7 @@ class Run:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Load its state, but keep a learning rate that is a tensor of the agent's."""
-    (group,) = optimizer.param_groups
-    lr = group["lr"]
+    lr = optimizer.param_groups[0]["lr"]
     optimizer.load_state_dict(copy.deepcopy(saved))  # not views of its file
     (group,) = optimizer.param_groups
     if isinstance(lr, Tensor):
@@ -1554,7 +1553,7 @@ def memory_of(device: torch.device) -> float:
 
 
 def refuse_too_large(args: Args, obs_dim: int, act_dim: int, device: torch.device) -> None:
-    """What memory cannot hold is refused now, not when it is full."""
+    """Refuse now what memory cannot hold."""
     states = max(args.batch_size, args.eval_episodes)
     candidates = getattr(args, "num_candidates", 1)
     numbers = {
@@ -1691,7 +1690,7 @@ class Captured:
 
     A graph repeats its kernels on the same addresses. So inputs are copied there, outputs hold
     until the next call, learning rates are tensors, and Adam (capturable) counts its steps on the
-    GPU. A generator may serve several graphs: a replay moves its offset on by what was drawn.
+    GPU. A generator may serve several graphs: a replay moves its offset on.
     Three calls are not recorded: they compile, choose kernels and allocate.
     """
 
@@ -1734,27 +1733,28 @@ class OrEager:
     def __init__(self, fast: Callable, plain: Callable):
         self.function = fast
         self.plain = plain
-        self.failed = False
         self.calls = {}
 
     def __call__(self, agent, inputs, args: Args, rng: Generator, *key):
         self.calls[key] = self.calls.get(key, 0) + 1
-        if self.failed or self.calls[key] > 4:  # by the fourth Captured has recorded
+        if self.calls[key] > 3:
             return self.function(agent, inputs, args, rng, *key)
-        weights = copy.deepcopy(agent.state_dict())
-        optimizers = {name: copy.deepcopy(x.state_dict()) for name, x in agent.optimizers.items()}
+        states = [x.state for x in agent.optimizers.values()]
+        new = [state for state in states if not state]
+        held = [*agent.state_dict().values()]
+        held += [x for state in states for part in state.values() for x in part.values()]
+        before = copy.deepcopy(held)
         draws = rng.get_state()
         try:
             return self.function(agent, inputs, args, rng, *key)
         except Exception as error:  # a compiler's, or of a torn cache
             go_eager(error)
-        agent.load_state_dict(weights)
-        for name, optimizer in agent.optimizers.items():
-            load_optimizer(optimizer, optimizers[name])
+        torch._foreach_copy_(held, before)  # in place: a graph may hold it
+        for state in new:
+            state.clear()
         rng.set_state(draws)
-        self.failed = True
         self.function = self.plain
-        return self.function(agent, inputs, args, rng, *key)
+        return self.plain(agent, inputs, args, rng, *key)
 
 
 def accelerate(agent: Agent, explore: Callable, improve: Callable) -> tuple[Callable, Callable]:
@@ -1771,12 +1771,15 @@ def accelerate(agent: Agent, explore: Callable, improve: Callable) -> tuple[Call
     except Exception as error:
         go_eager(error)
         return explore, improve
+    explore = OrEager(explore, explore)
+    improve = OrEager(fast, improve)
     if agent.device.type != "cuda":
-        return OrEager(explore, explore), OrEager(fast, improve)
+        return explore, improve
     torch.cuda.synchronize(agent.device)
+    torch.compiler.config.force_cudagraph_gc = True  # else amid a recording
     # the default stream cannot be captured
     torch.cuda.set_stream(torch.cuda.Stream(agent.device))
-    return OrEager(Captured(explore), explore), OrEager(Captured(fast), improve)
+    return Captured(explore), Captured(improve)
 
 
 class OneStepPolicy(nn.Module):

@@ -241,8 +241,8 @@ class RewardScale(nn.Module):
         """A step's rewards (num_envs,), and whether it ended an episode; Welford's update."""
         if not args.normalize_rewards:
             return
-        device = self.scale.device
-        self.returns.mul_(args.gamma).add_(torch.tensor(np.float32(rewards), device=device))
+        step = torch.as_tensor(np.float32([rewards, ended])).to(self.mean.device, non_blocking=True)
+        self.returns.mul_(args.gamma).add_(step[0])
         self.count += len(self.returns)
         shift = self.returns - self.mean
         self.mean += shift.sum() / self.count
@@ -250,7 +250,7 @@ class RewardScale(nn.Module):
         self.largest.copy_(torch.maximum(self.largest, self.returns.abs().max()))
         std = (self.squares / self.count).sqrt()
         self.scale.copy_(torch.maximum(std, self.largest / args.v_max).clamp(min=1e-15))
-        self.returns[torch.as_tensor(ended, device=device)] = 0
+        self.returns *= 1 - step[1]
 
 
 class Agent(nn.Module):
@@ -1231,7 +1231,7 @@ class Run:
         say(f"step {self.global_step:,} of {steps:,}: {told}{speed:.0f}/s{left}")
 
     def evaluate_mode(self, mode: str) -> None:
-        """Play episodes; a signal does not wait for them, but gives them up."""
+        """Play episodes; a signal gives them up."""
         self.refuse_divergence()
         args = self.args
         envs = self.eval_envs
@@ -1366,8 +1366,7 @@ class Run:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Load its state, but keep a learning rate that is a tensor of the agent's."""
-    (group,) = optimizer.param_groups
-    lr = group["lr"]
+    lr = optimizer.param_groups[0]["lr"]
     optimizer.load_state_dict(copy.deepcopy(saved))  # not views of its file
     (group,) = optimizer.param_groups
     if isinstance(lr, Tensor):
@@ -1585,7 +1584,7 @@ def memory_of(device: torch.device) -> float:
 
 
 def refuse_too_large(args: Args, obs_dim: int, act_dim: int, device: torch.device) -> None:
-    """What memory cannot hold is refused now, not when it is full."""
+    """Refuse now what memory cannot hold."""
     states = max(args.batch_size, args.eval_episodes)
     numbers = {
         "buffer_size": 0 if args.evaluate else args.buffer_size * (2 * obs_dim + act_dim + 3),
@@ -1721,7 +1720,7 @@ class Captured:
 
     A graph repeats its kernels on the same addresses. So inputs are copied there, outputs hold
     until the next call, learning rates are tensors, and Adam (capturable) counts its steps on the
-    GPU. A generator may serve several graphs: a replay moves its offset on by what was drawn.
+    GPU. A generator may serve several graphs: a replay moves its offset on.
     Three calls are not recorded: they compile, choose kernels and allocate.
     """
 
@@ -1764,27 +1763,28 @@ class OrEager:
     def __init__(self, fast: Callable, plain: Callable):
         self.function = fast
         self.plain = plain
-        self.failed = False
         self.calls = {}
 
     def __call__(self, agent, inputs, args: Args, rng: Generator, *key):
         self.calls[key] = self.calls.get(key, 0) + 1
-        if self.failed or self.calls[key] > 4:  # by the fourth Captured has recorded
+        if self.calls[key] > 3:
             return self.function(agent, inputs, args, rng, *key)
-        weights = copy.deepcopy(agent.state_dict())
-        optimizers = {name: copy.deepcopy(x.state_dict()) for name, x in agent.optimizers.items()}
+        states = [x.state for x in agent.optimizers.values()]
+        new = [state for state in states if not state]
+        held = [*agent.state_dict().values()]
+        held += [x for state in states for part in state.values() for x in part.values()]
+        before = copy.deepcopy(held)
         draws = rng.get_state()
         try:
             return self.function(agent, inputs, args, rng, *key)
         except Exception as error:  # a compiler's, or of a torn cache
             go_eager(error)
-        agent.load_state_dict(weights)
-        for name, optimizer in agent.optimizers.items():
-            load_optimizer(optimizer, optimizers[name])
+        torch._foreach_copy_(held, before)  # in place: a graph may hold it
+        for state in new:
+            state.clear()
         rng.set_state(draws)
-        self.failed = True
         self.function = self.plain
-        return self.function(agent, inputs, args, rng, *key)
+        return self.plain(agent, inputs, args, rng, *key)
 
 
 def accelerate(agent: Agent, explore: Callable, improve: Callable) -> tuple[Callable, Callable]:
@@ -1802,12 +1802,15 @@ def accelerate(agent: Agent, explore: Callable, improve: Callable) -> tuple[Call
     except Exception as error:
         go_eager(error)
         return explore, improve
+    explore = OrEager(explore, explore)
+    improve = OrEager(fast, improve)
     if agent.device.type != "cuda":
-        return OrEager(explore, explore), OrEager(fast, improve)
+        return explore, improve
     torch.cuda.synchronize(agent.device)
+    torch.compiler.config.force_cudagraph_gc = True  # else amid a recording
     # the default stream cannot be captured
     torch.cuda.set_stream(torch.cuda.Stream(agent.device))
-    return OrEager(Captured(explore), explore), OrEager(Captured(fast), improve)
+    return Captured(explore), Captured(improve)
 
 
 class OneStepPolicy(nn.Module):

@@ -312,8 +312,10 @@ class FakeGraph:
     def record(cls, graph, stream=None):
         """Stands in for torch.cuda.graph."""
         cls.recording = graph
-        yield
-        cls.recording = None
+        try:
+            yield
+        finally:
+            cls.recording = None
 
     def register_generator_state(self, generator):
         self.generator = generator

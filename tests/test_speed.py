@@ -40,7 +40,9 @@ def agent_after(script, updates, fast, device="cpu", **changes):
         batch["next_obs"] = torch.randn((16, 3), generator=draw)
         batch = {key: value.to(device) for key, value in batch.items()}
         metrics = one_update(script, agent, batch, args, generator, improve)
-    assert not fast or improve.function is not improve.plain, "went on without compiling"
+    if fast:
+        or_eager = improve.function if device.type == "cuda" else improve
+        assert or_eager.function is not or_eager.plain, "went on without compiling"
     return agent, metrics
 
 
@@ -183,3 +185,59 @@ def test_captured_calls_copy_in_replay_and_keep_their_addresses(script, monkeypa
             assert graph.generator is generator and static is not new
             assert results[key][3] is results[key][4] is results[key][5]
             assert len({id(y) for y in results[key][:4]}) == 4
+
+
+def test_a_fallback_leaves_everything_where_it_was(script, monkeypatch):
+    """Values and addresses, since a graph of the other function may hold these."""
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda _: None)
+    args, generator = script.Args(**known(script, SMALL)), rng()
+    agent, _ = agent_after(script, 3, False, torch.device("cpu"))
+    states = [optimizer.state for optimizer in agent.optimizers.values()]
+    held = [x for state in states for part in state.values() for x in part.values()]
+    held += agent.state_dict().values()
+    before, addresses = [x.clone() for x in held], [x.data_ptr() for x in held]
+    draws = generator.get_state()
+
+    def fast(*_):
+        for x in held:
+            x.add_(1)
+        torch.rand(1, generator=generator)
+        raise RuntimeError("no compiler")
+
+    improve = script.OrEager(fast, lambda *_: "plain")
+    assert [improve(agent, None, args, generator, False) for _ in range(5)] == ["plain"] * 5
+    after = [x for state in states for part in state.values() for x in part.values()]
+    after += agent.state_dict().values()
+    assert [x.data_ptr() for x in after] == addresses
+    assert all(map(torch.equal, after, before)) and generator.get_state().equal(draws)
+
+
+def test_on_a_gpu_what_falls_back_is_recorded_all_the_same(script, monkeypatch):
+    """A recording that fails is no compiler's fault: the run ends, and says why."""
+    agent = script.Agent(3, 2, script.Args(**known(script, SMALL)), torch.device("cpu"))
+    agent.device = SimpleNamespace(type="cuda")
+    fake = SimpleNamespace(CUDAGraph=FakeGraph, graph=FakeGraph.record, Stream=lambda _: "side")
+    fake.synchronize, fake.current_stream, streams = lambda _: None, lambda: streams[-1], []
+    fake.set_stream = streams.append
+    monkeypatch.setattr(script.torch, "cuda", fake)
+    stances, recorded = [], []
+    monkeypatch.setattr(torch.compiler, "set_stance", stances.append)
+
+    def fails(agent, obs, args, rng):
+        if FakeGraph.recording and recorded:
+            raise RuntimeError("not while recording")
+        if not stances:
+            raise RuntimeError("no compiler")
+        recorded.append(FakeGraph.recording)
+        return obs + 1
+
+    with torch.compiler.config.patch(force_cudagraph_gc=False):
+        explore, improve = script.accelerate(agent, fails, script.update)
+        assert streams == ["side"] and torch.compiler.config.force_cudagraph_gc
+    assert isinstance(explore, script.Captured) and isinstance(improve, script.Captured)
+    for _ in range(3):
+        assert explore(agent, torch.zeros(2), None, rng()).tolist() == [1, 1]
+    assert stances == ["force_eager"] and explore.graphs == {}
+    with pytest.raises(RuntimeError, match="while recording"):
+        explore(agent, torch.zeros(2), None, rng())
+    assert stances == ["force_eager"]

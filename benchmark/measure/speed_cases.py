@@ -91,11 +91,11 @@ def make_case(script, setting, mode, batch_size, device, **replaced) -> Case:
     if kind in ("compiled", "captured"):
         refuse_without_compiler(device)
         explore, improve = module.accelerate(agent, explore, improve)
+        if device.type == "cuda":  # there accelerate records them, too
+            explore, improve = explore.function, improve.function
         # where they fail, nothing else may be timed in their place
         explore, improve = explore.function, improve.function
-    if kind == "compiled" and device.type == "cuda":  # there accelerate records them, too
-        explore, improve = explore.function, improve.function
-    elif kind == "graph":
+    if kind in ("graph", "captured"):
         explore, improve = module.Captured(explore), module.Captured(improve)
     batch = {
         "obs": torch.randn((batch_size, OBS_DIM), device=device),
@@ -243,6 +243,8 @@ def first_update(case: Case) -> Measurement:
     from torch._inductor.utils import fresh_cache
 
     first = partial(case.improve, case.agent, case.batch, case.args, case.rng, True)
+    measurement = Measurement(case.row("first-update"), None)
+    measurement.set_precision()
     with fresh_cache():
-        spent = seconds(first, 1, case.device)
-    return Measurement(case.row("first-update"), None, seconds=[spent])
+        measurement.seconds.append(seconds(first, 1, case.device))
+    return measurement
