@@ -220,24 +220,30 @@ def test_on_a_gpu_what_falls_back_is_recorded_all_the_same(script, monkeypatch):
     fake.synchronize, fake.current_stream, streams = lambda _: None, lambda: streams[-1], []
     fake.set_stream = streams.append
     monkeypatch.setattr(script.torch, "cuda", fake)
-    stances, recorded = [], []
+    stances = []
     monkeypatch.setattr(torch.compiler, "set_stance", stances.append)
 
-    def fails(agent, obs, args, rng):
-        if FakeGraph.recording and recorded:
-            raise RuntimeError("not while recording")
+    def act(agent, obs, args, rng):
         if not stances:
             raise RuntimeError("no compiler")
-        recorded.append(FakeGraph.recording)
+        return obs + 1
+
+    def act_by_a_number(agent, obs, args, rng):
+        if FakeGraph.recording:
+            raise RuntimeError("not while recording")
         return obs + 1
 
     with torch.compiler.config.patch(force_cudagraph_gc=False):
-        explore, improve = script.accelerate(agent, fails, script.update)
-        assert streams == ["side"] and torch.compiler.config.force_cudagraph_gc
-    assert isinstance(explore, script.Captured) and isinstance(improve, script.Captured)
-    for _ in range(3):
-        assert explore(agent, torch.zeros(2), None, rng()).tolist() == [1, 1]
-    assert stances == ["force_eager"] and explore.graphs == {}
+        explore, improve = script.accelerate(agent, recordable(act), script.update)
+        wrong, _ = script.accelerate(agent, act_by_a_number, script.update)
+        assert streams == ["side"] * 2 and torch.compiler.config.force_cudagraph_gc
+    assert isinstance(improve, script.Captured)
+    for i in range(6):
+        obs = torch.full((2,), float(i))
+        assert explore(agent, obs, None, rng()).tolist() == [i + 1] * 2
+        if i < 3:
+            assert wrong(agent, obs, None, rng()).tolist() == [i + 1] * 2
+    assert stances == ["force_eager"] and len(explore.graphs) == 1
     with pytest.raises(RuntimeError, match="while recording"):
-        explore(agent, torch.zeros(2), None, rng())
+        wrong(agent, obs, None, rng())
     assert stances == ["force_eager"]
