@@ -187,6 +187,7 @@ def as_flags(settings):
     return flags
 
 
+one_only = pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
 fpmd_only = pytest.mark.parametrize("script", FPMD, indirect=True)
 stepped_only = pytest.mark.parametrize("script", STEPPED, indirect=True)
 flows_only = pytest.mark.parametrize("script", FLOWS, indirect=True)

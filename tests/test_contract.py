@@ -39,6 +39,7 @@ from conftest import (
     known,
     load,
     obs_of,
+    one_only,
     small,
 )
 from fork_server import PATIENCE
@@ -304,7 +305,7 @@ def test_triton_is_loaded_before_opengl(script, display, monkeypatch, tmp_path):
     assert loaded.names == ["triton"] if display else loaded.names == ["triton", "OpenGL"]
 
 
-@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)  # all share it
+@one_only  # all share it
 def test_a_changed_argument_is_refused_on_resume(script, run, capsys):
     run_dir = run(env_id="Hopper-v4", total_timesteps=200)
     args = script.Args(**load(run_dir)["args"])
@@ -313,7 +314,7 @@ def test_a_changed_argument_is_refused_on_resume(script, run, capsys):
     assert "--gamma cannot change on --resume; it was 0.99" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)  # all share it
+@one_only  # all share it
 def test_other_flags_may_change_on_resume(script, run):
     """What says when to save, and not what is learnt."""
     run_dir = run(env_id="Hopper-v4", total_timesteps=200)
@@ -333,7 +334,7 @@ def test_a_default_is_never_refused(script, monkeypatch):
         script.check_args(more(log_std_min=-4.0))
 
 
-@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)  # all share it
+@one_only  # all share it
 def test_a_metric_without_a_column_is_named(script, run, monkeypatch, capsys):
     """Who copies a script adds one to update; a row of another length would end the table."""
     real = script.update
@@ -353,7 +354,7 @@ def test_resume_starts_from_the_stored_arguments(script, run):
     )
 
 
-@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)  # all share it
+@one_only  # all share it
 def test_a_resumed_run_says_how_far_it_went(script, run):
     """args.json holds what the run was last told, or reports would call it unfinished."""
     run_dir = run(env_id="Hopper-v4", total_timesteps=200)
@@ -434,7 +435,7 @@ def test_metrics_are_what_an_update_returns(script, choice):
     assert set(script.METRICS) == metrics.keys() | charts
 
 
-@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)  # all share it
+@one_only  # all share it
 def test_two_launches_in_one_second_do_not_share(script, run, monkeypatch, capsys):
     settings = {"env_id": "probe_envs:Constant-v0", "total_timesteps": 110, "utd": 0.1}
     assert len({run(**settings) for _ in range(3)}) == 3
@@ -471,7 +472,7 @@ def test_a_policy_of_a_version_with_critics_in_it_still_plays(script, run, capsy
     assert capsys.readouterr().out.count("return 3.0000") == 2
 
 
-@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)  # all share it
+@one_only  # all share it
 def test_replay_prints_returns_and_latency(script, run, capsys):
     run_dir = run(env_id="probe_envs:Succeeding-v0")
     script.main(script.parse_args(["--evaluate", str(run_dir / "policy.pt"), "--eval-episodes=3"]))
@@ -491,7 +492,7 @@ def test_replay_equals_the_last_evaluation(script, run, capsys):
     )
 
 
-@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)  # all share it
+@one_only  # all share it
 def test_replay_on_another_env_is_refused(script, run, capsys):
     run_dir = run(env_id="probe_envs:Constant-v0")
     with pytest.raises(SystemExit):
@@ -499,7 +500,7 @@ def test_replay_on_another_env_is_refused(script, run, capsys):
     assert "was trained on probe_envs:Constant-v0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)  # all share it
+@one_only  # all share it
 def test_replay_of_actions_with_other_bounds_is_refused(script, run, capsys):
     """Actions of [-1, 1] would mean something else there."""
     run_dir = run(env_id="probe_envs:Succeeding-v0")
@@ -525,7 +526,7 @@ def test_environments_train_with_the_same_command(script, run, env_id):
     assert load(run_dir)["global_step"] == 150
 
 
-@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)  # all share it
+@one_only  # all share it
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_actions_keep_to_their_bounds(script, dtype):
     """At both ends, which a trained policy often sits at; the environment looks."""
@@ -588,7 +589,7 @@ def test_probe_envs_are_valid_environments():
         check_env(gym.make(f"probe_envs:{name}-v0").unwrapped, skip_render_check=True)
 
 
-@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
+@one_only
 def test_simulators_say_a_thing_once(script, capfd):
     """What MuJoCo says of HalfCheetah's model is not repeated per environment; later words are."""
     script.make_envs("HalfCheetah-v4", 3).close()
@@ -596,7 +597,7 @@ def test_simulators_say_a_thing_once(script, capfd):
     assert sys.modules["mujoco"].get_mju_user_warning() is None
 
 
-@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
+@one_only
 @pytest.mark.parametrize(("reward", "told"), [(math.nan, ""), (12.34, "return 12.3, ")])
 def test_progress_names_a_return_once_there_is_one(script, reward, told, capsys):
     """On data, and before the first episode ends, there is none."""
@@ -612,7 +613,7 @@ def test_progress_names_a_return_once_there_is_one(script, reward, told, capsys)
     assert capsys.readouterr().out == f"step 500 of 1,000: {told}5/s\n"
 
 
-@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
+@one_only
 def test_dm_controls_taste_for_warnings_is_undone(script):
     """It shows every DeprecationWarning from its import on: dozens of torch's while compiling."""
     pytest.importorskip("dm_control")
@@ -622,7 +623,7 @@ def test_dm_controls_taste_for_warnings_is_undone(script):
     assert not seen
 
 
-@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
+@one_only
 def test_readme_snippet_acts(script, run, monkeypatch):
     """The lines that load a policy and act, as printed."""
     run_dir = run(env_id="Hopper-v4", total_timesteps=150)

@@ -14,7 +14,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import COMPILER, FILES, MODES_OF, SMALL, as_flags, known, load, wait_for
+from conftest import COMPILER, FILES, MODES_OF, SMALL, as_flags, known, load, one_only, wait_for
 from fork_server import PATIENCE
 
 ENVS = ["Ant-v4", "Humanoid-v4", "Walker2d-v5", "dm_control/cheetah-run-v0"]
@@ -181,7 +181,7 @@ def start(tmp_path):
         process.communicate()
 
 
-@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
+@one_only
 def test_ctrl_c_reaches_the_workers_as_well_and_the_run_is_saved(script, start, tmp_path):
     """A terminal sends SIGINT to the processes of the simulators too; they leave it to the run."""
     settings = known(script, SMALL) | {"env_id": "Hopper-v4", "total_timesteps": 1_000_000}
@@ -196,7 +196,7 @@ def test_ctrl_c_reaches_the_workers_as_well_and_the_run_is_saved(script, start, 
 
 @pytest.mark.slow
 @COMPILER
-@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
+@one_only
 def test_ctrl_c_spares_the_compiler_and_the_run_is_saved(script, start, tmp_path):
     """A terminal sends SIGINT to the C++ compiler of the first update too, which must not die."""
     cxx, updating, compiling = (tmp_path / name for name in ("cxx", "updating", "compiling"))
@@ -236,7 +236,7 @@ def logging_run(script, start, folder):
     return process
 
 
-@pytest.mark.parametrize("script", ["fpmd_online"], indirect=True)
+@one_only
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGHUP])
 def test_two_signals_at_once_are_one(script, start, tmp_path, second):
     """GNU timeout signals a process and then its group, this process included."""

@@ -192,24 +192,25 @@ def test_a_fallback_leaves_everything_where_it_was(script, monkeypatch):
     monkeypatch.setattr(torch.compiler, "set_stance", lambda _: None)
     args, generator = script.Args(**known(script, SMALL)), rng()
     agent, _ = agent_after(script, 3, False, torch.device("cpu"))
-    states = [optimizer.state for optimizer in agent.optimizers.values()]
-    held = [x for state in states for part in state.values() for x in part.values()]
-    held += agent.state_dict().values()
-    before, addresses = [x.clone() for x in held], [x.data_ptr() for x in held]
+
+    def tensors():
+        states = [optimizer.state for optimizer in agent.optimizers.values()]
+        moments = [x for state in states for part in state.values() for x in part.values()]
+        return [*moments, *agent.state_dict().values()]
+
+    before, addresses = [x.clone() for x in tensors()], [x.data_ptr() for x in tensors()]
     draws = generator.get_state()
 
     def fast(*_):
-        for x in held:
+        for x in tensors():
             x.add_(1)
         torch.rand(1, generator=generator)
         raise RuntimeError("no compiler")
 
     improve = script.OrEager(fast, lambda *_: "plain")
     assert [improve(agent, None, args, generator, False) for _ in range(5)] == ["plain"] * 5
-    after = [x for state in states for part in state.values() for x in part.values()]
-    after += agent.state_dict().values()
-    assert [x.data_ptr() for x in after] == addresses
-    assert all(map(torch.equal, after, before)) and generator.get_state().equal(draws)
+    assert [x.data_ptr() for x in tensors()] == addresses
+    assert all(map(torch.equal, tensors(), before)) and generator.get_state().equal(draws)
 
 
 def test_on_a_gpu_what_falls_back_is_recorded_all_the_same(script, monkeypatch):

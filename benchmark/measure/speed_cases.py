@@ -6,7 +6,7 @@ make_case and functions.
 
 from benchmark.files import fail
 from benchmark.measure.measuring import load_script
-from benchmark.measure.speed_clock import Measurement, Part, row_of, seconds
+from benchmark.measure.speed_clock import Measurement, Part, row_of
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -243,8 +243,8 @@ def first_update(case: Case) -> Measurement:
     from torch._inductor.utils import fresh_cache
 
     first = partial(case.improve, case.agent, case.batch, case.args, case.rng, True)
-    measurement = Measurement(case.row("first-update"), None)
-    measurement.set_precision()
+    measurement = Measurement(case.row("first-update"), first)
     with fresh_cache():
-        measurement.seconds.append(seconds(first, 1, case.device))
+        measurement.repeat(case.device)
+    measurement.function = None  # there is only one first
     return measurement
