@@ -439,7 +439,7 @@ def test_returns_at_the_published_number_of_steps(copy):
     ours = [row for row in rows if row not in of_sac]
     table, text = tabled(copy, "plus-100k", "plus_100k_cpu.csv", ours)
     told = {line["method"]: line["HalfCheetah-v4"] for line in table}
-    ours = [
+    methods = [
         "FPMD+",
         "FPMD+, slow policy",
         "FPMD+, noise 0.4",
@@ -448,7 +448,7 @@ def test_returns_at_the_published_number_of_steps(copy):
         "SAC, fast policy",
         "SAC",
     ]
-    assert [*told][:7] == [f"**{method}**" for method in ours]
+    assert [*told][:7] == [f"**{method}**" for method in methods]
     assert told["**FPMD+, slow policy**"] == "4,000 (1)"
     assert told["**FPMD+, noise 0.4**"] == "4,200 (1)"
     assert told["**SAC, same critic, slow policy**"] == "3,000 (1)"
@@ -458,6 +458,10 @@ def test_returns_at_the_published_number_of_steps(copy):
     assert told["**SAC, fast policy**"] == "4,500 (1)"
     assert told["SAC"] == "6,156 ± 528 (10)"  # 2.262 * 738 / sqrt(10)
     assert table[0]["Walker2d-v4"] == "-" and "at 100,000 steps" in text
+    short, text = tabled(copy, "plus-100k-overview", "plus_100k_cpu.csv", ours)
+    compared = ["**FPMD+**", "**SAC, same critic**", "SAC", "CrossQ"]
+    assert [line["method"] for line in short[:4]] == compared and len(short) == 8
+    assert [*short[0]] == ["method", "HalfCheetah-v4"] and "the others are published" in text
 
 
 def test_whole_runs_are_compared_with_those_of_the_same_critic(copy):

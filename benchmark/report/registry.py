@@ -42,6 +42,10 @@ TRAINING = {
     "plus-ingredients": (partial(training.ablation, average=1), "plus_ingredients_cpu.csv"),
     "plus-climb": (training.steps_of_a_climb, "plus_climb_cpu.csv"),
     "plus-100k": (training.at_100k, "plus_100k_cpu.csv"),
+    "plus-100k-overview": (
+        partial(training.at_100k, methods=training.OVERVIEW),
+        "plus_100k_cpu.csv",
+    ),
     "plus-beside-sac": (training.beside_same_critic, "plus_100k_cpu.csv"),
     "two-doors": (
         partial(training.screen, modes=("one_step", "best_of_n", "sampled")),

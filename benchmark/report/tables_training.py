@@ -28,6 +28,8 @@ from pathlib import Path
 ABLATION_LAST = 3  # the same in short runs that are compared with each other
 
 COMPARED = "FPMD+", "SAC, same critic"
+OVERVIEW = "**FPMD+**", "**SAC, same critic**", "SAC", "CrossQ"
+OVERVIEW += "Simba (UTD 2)", "SimbaV2 (UTD 2)", "XQC (UTD 2)", "FlashSAC"
 
 PAIRED = (
     "± Student's 95% interval over seeds; differences are taken seed by seed, "
@@ -346,8 +348,11 @@ def screen(path: Path, step: str = "environment step", modes=("one_step",)) -> s
     return table_with_note(table, note)
 
 
-def at_100k(path: Path) -> str:
-    """One-step returns at a number of steps, ours, SAC's in its file, and the published ones."""
+def at_100k(path: Path, methods: tuple[str, ...] = ()) -> str:
+    """One-step returns at a number of steps, ours, SAC's in its file, and the published ones.
+
+    methods: show these alone, on the tasks of our own runs, without where numbers come from.
+    """
     rows = beside_sac(path)
     steps = {row["total_timesteps"] for row in rows}
     rows = [row for row in rows if row["global_step"] == row["total_timesteps"]]
@@ -363,19 +368,26 @@ def at_100k(path: Path) -> str:
         cells[row["method"], row["env"]] = f"{mean} ± {fmt.number(half)} ({row['seeds']})"
     # tasks in the order in which they were published
     env_ids = dict.fromkeys([row["env"] for row in published] + [row["env_id"] for row in rows])
+    if methods:
+        env_ids = [env_id for env_id in env_ids if env_id in {row["env_id"] for row in rows}]
     table = [
         {"method": method} | {env_id: cells.get((method, env_id), "-") for env_id in env_ids}
-        for method in dict.fromkeys(method for method, _ in cells)
+        for method in methods or dict.fromkeys(method for method, _ in cells)
     ]
     at = " and ".join(f"{int(step):,}" for step in steps)
     note = (
         f"The evaluation at {at} steps, an update per step, or two at UTD 2. ± Student's 95% "
         "interval of the mean; in brackets the seeds. In bold our runs, one step (SAC: the mean "
-        f"action), 10 episodes: {fmt.made_with(rows)} The others are recomputed from result files: "
-        "SAC, CrossQ, BRO, Simba, SimbaV2 and TD-MPC2 from SimbaV2's repository, the rest "
-        "their authors'. Those of dm_control take each action twice: 50,000 decisions."
+        "action), 10 episodes"
     )
-    return table_with_note(table, note)
+    dm_control = "Those of dm_control take each action twice: 50,000 decisions."
+    if methods:
+        return table_with_note(table, f"{note}; the others are published. {dm_control}")
+    origin = (
+        "The others are recomputed from result files: SAC, CrossQ, BRO, Simba, SimbaV2 and TD-MPC2 "
+        "from SimbaV2's repository, the rest their authors'."
+    )
+    return table_with_note(table, f"{note}: {fmt.made_with(rows)} {origin} {dm_control}")
 
 
 def means(runs: list[list[dict]], first: int) -> list[float]:
