@@ -97,7 +97,7 @@ def test_soft_targets_are_not_recorded_as_other_weights(capsys, changed):
 
 
 def test_soft_targets_train_as_a_script(tmp_path, changed, monkeypatch, capsys):
-    """The command of docs/fpmd_plus_online.md, for a few updates; the function is the one used."""
+    """The command of docs/two_doors.md, for a few updates; the function is the one used."""
     flags = "--env-id door_envs:HiddenDoors-v0 --weight-mode particles --total-timesteps 40"
     flags += " --learning-starts 20 --batch-size 8 --num-candidates 4 --hidden-dim 8 --utd 1"
     flags += " --eval-every 0 --no-compile --exp-name fpmd_meanflow_online_soft"
